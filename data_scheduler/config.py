@@ -1,0 +1,104 @@
+"""The `data` section of a run's configuration: what to read, how to mix, order and pack it.
+
+Everything that shapes the order of the data is here and nowhere else, so that this section, the seed in it and the
+journal are enough to replay a run.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_scheduler import expression
+from data_scheduler.template import template_parts
+
+
+class StrictModel(BaseModel):
+    """Refuses unknown keys and values of the wrong type; attribute docstrings become the JSON schema's descriptions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
+
+
+Share = Annotated[float, Field(ge=0.0)]
+
+
+class SourceConfig(StrictModel):
+    """One source of documents. A sequence never mixes two sources, so its loss is known exactly."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name in metrics, journal and commands."""
+    paths: Annotated[list[str], Field(min_length=1)]
+    """Files, folders, glob patterns or fsspec URLs. Sorted before use, so their order here does not matter."""
+    val_paths: list[str] = []
+    """Held-out files of the same kind; evaluated separately, never trained on."""
+    format: Literal["auto", "jsonl", "parquet", "arrow", "csv", "text", "npy", "megatron"] = "auto"
+    """`auto` goes by the file name; `.gz`, `.zst`, `.bz2` and `.xz` are recognised behind jsonl, csv and text."""
+    text_key: str = "text"
+    """Field or column that holds the text; dots go into nested objects."""
+    template: str | None = None
+    """Text made of several fields, e.g. `"{title}\\n\\n{text}"`; replaces `text_key`."""
+    where: str | None = None
+    """Filter on fields, e.g. `lang == 'de' and quality > 0.7`; records it does not hold for are left out."""
+    weight: Share = 1.0
+    """Share of tokens under the static policy; shares are normalised over the sources."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """What a malformed record does: `skip` counts it and goes on, `stop` ends the run."""
+    max_reject_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
+    """Past this share of rejected records (once 1,000 records were read) the run stops with a data error."""
+
+    @model_validator(mode="after")
+    def _expressions_are_understood(self) -> "SourceConfig":
+        if self.template is not None:
+            template_parts(self.template)
+        if self.where is not None:
+            expression.parse(self.where)
+        return self
+
+
+class PolicyConfig(StrictModel):
+    """Which policy sets the mixture weights, and its own options."""
+
+    kind: str = "static"
+    """Name of a policy in the entry-point group `headrace.policies`."""
+    options: dict[str, Any] = {}
+    """Handed to the policy as keyword arguments."""
+    horizon: Annotated[int, Field(ge=1)] = 8
+    """Steps between a measurement and the first batch it may shape; for policies that use feedback it must be larger
+    than `prefetch`, so that batches prepared ahead never wait for a step that waits for them."""
+
+
+class DataConfig(StrictModel):
+    """The data scheduler's whole configuration."""
+
+    tokenizer: str
+    """Path of a `tokenizer.json`, of a folder that holds one, or of a SentencePiece `.model`."""
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    """The sources; their order fixes the source ids in every batch."""
+    seq_len: Annotated[int, Field(ge=1)] = 2048
+    """Tokens the model sees per sequence; a packed sequence holds `seq_len + 1`."""
+    global_batch_size: Annotated[int, Field(ge=1)] = 240
+    """Sequences per step, over all data-parallel ranks."""
+    lanes: Annotated[int, Field(ge=1, le=65536)] = 240
+    """Independent streams the data is dealt to; every data-parallel size that divides both this and the global batch
+    size gives the same global batches."""
+    seed: int = 0
+    """Seed of every permutation of chunks, documents and slots."""
+    packing: Literal["split"] = "split"
+    """How documents become sequences; `split` concatenates and cuts, every token used once."""
+    chunk_bytes: Annotated[int, Field(ge=1024)] = 4 << 20
+    """Bytes of raw text one lane opens at a time; documents are shuffled within it."""
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    """Steps prepared ahead in a background thread; 0 prepares them in the caller's."""
+    policy: PolicyConfig = PolicyConfig()
+    """Who sets the mixture weights."""
+    fast_tokenizer: bool = True
+    """Use the fast exact encoder where it reproduces the tokenizer token for token; otherwise `tokenizers`."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "DataConfig":
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"source name used twice: {', '.join(twice)}")
+        if not any(source.weight > 0 for source in self.sources):
+            raise ValueError("every source has weight 0; give at least one a positive weight")
+        return self

@@ -1,0 +1,104 @@
+"""The scheduler as a PyTorch dataset, for any training loop.
+
+    scheduler = DataScheduler.from_config("recipes/quickstart.yaml", dp_rank=0, dp_size=1)
+    for batch in scheduler:                                  # endless
+        logits = model(batch["tokens"][:, :-1], cu_seqlens=batch["cu_seqlens"])
+        ...
+        torch.save({"model": ..., "data": scheduler.state_dict()}, path)
+
+The state obeys the stateful protocol (`state_dict` / `load_state_dict`) of torchdata's StatefulDataLoader and friends.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data_scheduler.batch import Batch
+from data_scheduler.config import DataConfig
+from data_scheduler.scheduler import Scheduler
+from headrace.errors import ConfigError
+
+TorchBatch = dict[str, torch.Tensor]
+
+
+class DataScheduler(IterableDataset[TorchBatch]):
+    """An endless iterable of packed batches for one data-parallel rank.
+
+    Each batch is a dict of tensors: `tokens` int64[b, seq_len + 1], `cu_seqlens` int32[documents + 1] over the
+    flattened inputs, `position_ids` int64[b, seq_len], `source_ids` int64[b], `document_ids` int64[documents],
+    `loss_mask` bool[b, seq_len] (False where the next token belongs to another document).
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+
+    @classmethod
+    def from_config(
+        cls,
+        config: DataConfig | Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        run_dir: str | os.PathLike[str] | None = None,
+    ) -> "DataScheduler":
+        """Build from a `DataConfig`, a mapping, or a YAML file (a whole run's configuration, or its `data` section).
+
+        With `run_dir` the journal is kept there, and a journal found there is continued. Raises ConfigError,
+        LayoutError or DataError.
+        """
+        data = config if isinstance(config, DataConfig) else _data_config(config)
+        return cls(Scheduler(data, dp_rank=dp_rank, dp_size=dp_size, run_dir=run_dir))
+
+    def __iter__(self) -> Iterator[TorchBatch]:
+        if get_worker_info() is not None:
+            # Worker processes would each hold a copy and repeat the data; the scheduler prefetches in its own thread.
+            raise ConfigError(
+                "DataScheduler prepares batches itself: use DataLoader(..., batch_size=None, num_workers=0)"
+            )
+        return (to_torch(batch) for batch in self.scheduler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of this rank's lanes; `data_scheduler.merge_states` joins the ranks' for another world size."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved position. Raises ConfigError when it belongs to another run's lanes or sources."""
+        self.scheduler.load_state_dict(state)
+
+
+def to_torch(batch: Batch) -> TorchBatch:
+    """A batch as tensors (sharing memory with it)."""
+    return {
+        "tokens": torch.from_numpy(batch.tokens),
+        "cu_seqlens": torch.from_numpy(batch.cu_seqlens),
+        "position_ids": torch.from_numpy(batch.position_ids),
+        "source_ids": torch.from_numpy(batch.source_ids),
+        "document_ids": torch.from_numpy(batch.document_ids),
+        "loss_mask": torch.from_numpy(batch.loss_mask),
+    }
+
+
+def _data_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> DataConfig:
+    where = "data"
+    if isinstance(config, str | os.PathLike):
+        where = os.fspath(config)
+        try:
+            config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{where}: expected a mapping")
+    try:
+        return DataConfig.model_validate(config.get("data", config))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None

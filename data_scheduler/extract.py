@@ -1,0 +1,114 @@
+"""From a record's fields to its text: nested keys, templates, filters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from data_scheduler import expression
+from data_scheduler.config import SourceConfig
+from data_scheduler.formats.records import Records
+from data_scheduler.template import template_parts
+from headrace.errors import ConfigError
+
+ROW = "__row__"
+
+
+class Extractor:
+    """Turns mappings into documents as a source's `text_key`, `template` and `where` say."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.name = config.name
+        self.text_key = config.text_key
+        self.parts = template_parts(config.template) if config.template else [("", config.text_key)]
+        self.is_template = config.template is not None
+        self.where: Any = None
+        self.filter_fields: list[str] = []
+        if config.where:
+            self.where, self.filter_fields = expression.parse(config.where)
+        self.columns = sorted({field.split(".")[0] for _, field in self.parts if field} | _roots(self.filter_fields))
+        """Top-level fields needed; column formats read only these."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a record's text is simply one top-level field."""
+        return self.where is None and self.parts == [("", self.text_key)] and "." not in self.text_key
+
+    def add(self, rows: Sequence[Mapping[str, Any] | str], records: Records) -> None:
+        """Add every row to `records` as document, reject or left out. A row that is a str is a reason to reject it."""
+        kept, unlike = self._filter(rows)
+        for number, row in enumerate(rows):
+            if isinstance(row, str):
+                records.reject(row)
+            elif number in unlike:
+                records.reject(unlike[number])
+            elif kept is not None and number not in kept:
+                records.leave_out()
+            else:
+                self._add_text(row, records)
+
+    def _add_text(self, row: Mapping[str, Any], records: Records) -> None:
+        pieces = []
+        for literal, field in self.parts:
+            pieces.append(literal)
+            if not field:
+                continue
+            value = lookup(row, field)
+            # Numbers may stand in a template; alone they are no text.
+            usable = isinstance(value, str) or (self.is_template and _kind(value) == "a number")
+            if not usable:
+                records.reject(f"field {field!r} is " + ("missing" if value is None else "not text"))
+                return
+            pieces.append(str(value))
+        records.documents.append("".join(pieces))
+
+    def _filter(self, rows: Sequence[Mapping[str, Any] | str]) -> tuple[set[int] | None, dict[int, str]]:
+        """(numbers of the rows the filter keeps, None without a filter; reasons to reject rows of unlike types)."""
+        unlike: dict[int, str] = {}
+        if self.where is None:
+            return None, unlike
+        good = {number: row for number, row in enumerate(rows) if not isinstance(row, str)}
+        for field in self.filter_fields:
+            unlike |= _unlike(field, {number: lookup(row, field) for number, row in good.items()})
+        numbers = [number for number in good if number not in unlike]
+        table = {field: pa.array([lookup(good[number], field) for number in numbers]) for field in self.filter_fields}
+        try:
+            kept = pa.table(table | {ROW: pa.array(numbers, pa.int64())}).filter(self.where)[ROW]
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ConfigError(f"source {self.name!r}: where: {str(error).splitlines()[0]}") from None
+        return set(kept.to_pylist()), unlike
+
+
+def lookup(row: Mapping[str, Any], field: str) -> Any:
+    """The value of a field; dots go into nested objects unless the whole name is a field itself."""
+    if field in row:
+        return row[field]
+    value: Any = row
+    for part in field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _unlike(field: str, values: Mapping[int, Any]) -> dict[int, str]:
+    """Reasons to reject rows whose value is of another kind than the first one's; numbers are one kind."""
+    kinds = {number: _kind(value) for number, value in values.items() if value is not None}
+    first = next(iter(kinds.values()), "")
+    return {
+        number: f"field {field!r} is {kind}, elsewhere {first}"
+        for number, kind in kinds.items()
+        if kind != first or kind == "nested"
+    }
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return "text" if isinstance(value, str) else "nested"
+
+
+def _roots(fields: Sequence[str]) -> set[str]:
+    return {field.split(".")[0] for field in fields}

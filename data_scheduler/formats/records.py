@@ -1,0 +1,49 @@
+"""What reading a unit gives: documents, and for everything else the reason why it is none."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Document = str | npt.NDArray[np.uint32]
+"""Text, or token ids of data that was tokenized before."""
+
+
+class Unit(NamedTuple):
+    """Where to find a piece of a file. `start`, `stop`: bytes for line files, row groups or record batches for columns,
+    documents for token files; 0 and -1: all of it."""
+
+    path: str
+    start: int
+    stop: int
+
+
+class Reject(NamedTuple):
+    """A record that cannot be used."""
+
+    record: int
+    """Place of the record within its unit."""
+    reason: str
+
+
+@dataclass
+class Records:
+    """The content of one unit, in file order; `documents[i]` is None where record i was rejected or filtered out."""
+
+    documents: list[Document | None] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    filtered: int = 0
+    """Records that the source's `where` left out."""
+    size: int = 0
+    """Bytes of text, for caches."""
+
+    def reject(self, reason: str) -> None:
+        """Record the next record as unusable."""
+        self.rejects.append(Reject(len(self.documents), reason))
+        self.documents.append(None)
+
+    def leave_out(self) -> None:
+        """Record the next record as filtered out."""
+        self.filtered += 1
+        self.documents.append(None)

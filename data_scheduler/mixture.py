@@ -1,0 +1,90 @@
+"""Which source each sequence of a step comes from: error diffusion in exact integers.
+
+Weights are shares of tokens; a sequence holds one source only, so they are shares of sequences too. Every step adds
+w·B to what each source is owed, and the step's counts are chosen so that what was drawn stays within one sequence of
+what was owed:
+
+    |drawn_s − Σ_steps w_s·B| < 1      for every source s after every step.
+
+Which sources are rounded up is decided by the earliest deadline (the step by which the next sequence must be drawn to
+keep the bound). For constant weights this always succeeds: rounding with |error| < 1 is a unit-job schedule whose Hall
+condition holds (Steiner and Yeomans, Management Science 39(6), 1993), and earliest-deadline-first finds such schedules.
+When weights change after every step, no rule that cannot see the future can promise it; `docs/decisions/001-*.md` has
+the four-source counterexample. There the smallest excess possible is taken and made good as soon as possible.
+
+Shares are integers in units of 2⁻⁴⁰ that sum to exactly 1, so nothing drifts over a run of any length.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from data_scheduler.order import Int64, permutation
+from headrace.errors import ConfigError
+
+ONE = 1 << 40
+"""The share 1.0; w·B stays under 2⁶³ for global batches below 2²³ sequences."""
+
+
+def quantize(weights: Mapping[str, float], names: Sequence[str]) -> Int64:
+    """Weights (any positive scale) as int64 shares in units of 1/ONE that sum to ONE, largest remainder first.
+
+    Raises ConfigError for unknown sources, negative or non-finite weights, or a sum of zero.
+    """
+    unknown = sorted(set(weights) - set(names))
+    if unknown:
+        raise ConfigError(f"mixture names unknown source {unknown[0]!r} (sources: {', '.join(names)})")
+    values = [float(weights.get(name, 0.0)) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not (np.isfinite(value) and value >= 0):
+            raise ConfigError(f"mixture weight of {name!r} is {value}; weights are finite and not negative")
+    total = sum(values)
+    if total <= 0:
+        raise ConfigError("mixture weights sum to 0; give at least one source a positive weight")
+    exact = [value / total * ONE for value in values]
+    shares = np.array([int(value) for value in exact], dtype=np.int64)
+    rest = ONE - int(shares.sum())
+    # Float rounding can leave `rest` a few units negative; both signs go to the largest remainders in turn.
+    by_remainder = sorted(range(len(exact)), key=lambda i: (-(exact[i] - int(exact[i])), i))
+    positive = [i for i in by_remainder if values[i] > 0]
+    for turn in range(abs(rest)):
+        shares[positive[turn % len(positive)]] += 1 if rest > 0 else -1
+    return shares
+
+
+class Mixer:
+    """Turns shares into counts per step. `owed` (int64[sources], units of 1/ONE) is its whole state."""
+
+    def __init__(self, sources: int) -> None:
+        self.owed: Int64 = np.zeros(sources, dtype=np.int64)
+
+    def counts(self, shares: Int64, batch: int) -> Int64:
+        """Sequences to draw per source in the next step, int64[sources], summing to `batch`."""
+        target = self.owed + shares * batch
+        floor: Int64 = target >> 40  # floor division, also of negative numbers
+        least: Int64 = np.maximum(floor, 0)
+        room = (target > least * ONE) & (target > 0)  # may take one more and stay within one sequence
+        counts = least.copy()
+        missing = batch - int(least.sum())
+        if missing > 0:
+            left = (ONE - (target - least * ONE)).astype(np.float64)
+            with np.errstate(divide="ignore"):
+                deadline = np.where(shares > 0, left / (shares.astype(np.float64) * batch), np.inf)
+            deadline[~room] = np.inf
+            order = np.lexsort((np.arange(len(counts)), -target, deadline, ~room))
+            for turn in range(missing):
+                counts[order[turn % len(order)]] += 1
+        for _ in range(-missing):
+            excess = np.where(counts > 0, counts * ONE - target, -(1 << 62))
+            counts[int(np.argmax(excess))] -= 1
+        self.owed = target - counts * ONE
+        return counts
+
+
+def slots(counts: Int64, *key: int | str) -> npt.NDArray[np.int32]:
+    """The source of every slot of the batch: `counts` laid out by a seeded permutation, int32[batch]."""
+    laid_out = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    order = permutation(len(laid_out), "slots", *key)
+    shuffled: npt.NDArray[np.int32] = laid_out[order]
+    return shuffled

@@ -1,0 +1,178 @@
+"""Looking back at a run: which documents a past step held, and its hash again from the raw files.
+
+Nothing is recorded per document during training. The journal fixes the order, so a past step is made again: from the
+nearest kept state (one per checkpoint) on, by the same code that made it the first time.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_scheduler.batch import ORDINAL_BITS, Batch
+from data_scheduler.config import DataConfig
+from data_scheduler.identity import source_configs
+from data_scheduler.journal import Journal
+from data_scheduler.lane import SourceReader
+from data_scheduler.order import Int64
+from data_scheduler.plan import Plan
+from data_scheduler.scheduler import Scheduler
+from data_scheduler.state import Snapshots
+from headrace.errors import ConfigError
+
+
+class TracedDocument(NamedTuple):
+    """A stretch of a document in a batch."""
+
+    slot: int
+    source: str
+    file: str
+    record: int
+    """Number of the record in the file, counted from 0; in the byte range `within` where there is one."""
+    within: tuple[int, int] | None
+    """Byte range of the file the record is counted in; None: the whole file."""
+    token_start: int
+    token_stop: int
+    """The document's tokens [token_start, token_stop) are in the batch; the last may be the end-of-document token."""
+    text: str
+
+
+def open_run(run_dir: str | Path) -> Scheduler:
+    """A scheduler that replays the run in `run_dir`. Raises ConfigError when there is no journal there."""
+    path = Path(run_dir) / "journal.jsonl"
+    if not path.exists():
+        raise ConfigError(f"{run_dir}: no journal.jsonl there; give a run folder")
+    journal = Journal(path, writable=False)
+    if not journal.events:
+        raise ConfigError(f"{path}: the journal is empty; the run never began")
+    data = journal.events[0].data["data"] | {"prefetch": 0, "policy": {}}
+    config = DataConfig.model_validate(data | {"sources": source_configs(journal)})
+    return Scheduler(config, run_dir=run_dir, journal=journal, replaying=True)
+
+
+def replay(run_dir: str | Path, first: int, last: int) -> Iterator[Batch]:
+    """The global batches of steps first … last, both included, made again."""
+    if not 0 <= first <= last:
+        raise ConfigError(f"steps {first}:{last}: give A:B with 0 <= A <= B")
+    scheduler = open_run(run_dir)
+    state = Snapshots(run_dir).nearest(first)
+    if state is not None:
+        scheduler.load_state_dict(state)
+    for batch in scheduler:
+        if batch.step >= first:
+            yield batch
+        if batch.step >= last:
+            return
+
+
+def trace(run_dir: str | Path, step: int, slot: int | None = None) -> list[TracedDocument]:
+    """Every stretch of a document in a step's global batch, or in one slot of it."""
+    batch = next(iter(replay(run_dir, step, step)))
+    if slot is not None and not 0 <= slot < len(batch.slots):
+        raise ConfigError(f"slot {slot}: step {step} has slots 0 to {len(batch.slots) - 1}")
+    readers = open_run(run_dir).readers
+    rows = range(len(batch.slots)) if slot is None else [slot]
+    return [document for row in rows for document in _trace_row(batch, row, readers)]
+
+
+def _trace_row(batch: Batch, row: int, readers: list[SourceReader]) -> Iterator[TracedDocument]:
+    reader = readers[int(batch.source_ids[row])]
+    edges = [*batch.starts[row].tolist(), batch.tokens.shape[1]]
+    for number, document in enumerate(batch.segment_ids[row].tolist()):
+        chunk, place = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
+        unit = reader.chunks[chunk].unit
+        begin = int(batch.offsets[row]) if number == 0 else 0
+        length = edges[number + 1] - edges[number]
+        found = reader.records(chunk)[0].documents[place]
+        text = found if isinstance(found, str) or found is None else reader.encoder.decode(found)
+        record, within = reader.record_number(unit, place)
+        yield TracedDocument(
+            int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text or ""
+        )
+
+
+class LedgerRow(NamedTuple):
+    """What one source has given to a run."""
+
+    source: str
+    sequences: int
+    tokens: int
+    share_asked: float
+    """Mean journaled share over the sequences of the run."""
+    share_realised: float
+    epochs: float
+    """Mean over lanes of the epochs completed; the current one counts by chunks."""
+    documents_seen: list[int]
+    """documents_seen[n]: documents of which some token was given in exactly n epochs."""
+
+
+def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[LedgerRow]]:
+    """(step, one row per source), exact after `step` steps; by default at the newest kept state."""
+    snapshots = Snapshots(run_dir)
+    scheduler = open_run(run_dir)
+    kept = snapshots.steps()
+    at = step if step is not None else (kept[-1] if kept else 0)
+    state = snapshots.nearest(at)
+    if state is not None:
+        scheduler.load_state_dict(state)
+    while scheduler.state_dict()["step"] < at:
+        next(scheduler)
+    state = scheduler.state_dict()
+    asked = _asked(scheduler.plan, scheduler.names, at)
+    drawn = np.asarray(state["drawn"])
+    total = max(1, int(drawn.sum()))
+    rows = []
+    for number, reader in enumerate(scheduler.readers):
+        positions = np.asarray(state["positions"])[:, number]
+        rows.append(
+            LedgerRow(
+                reader.config.name,
+                int(drawn[number]),
+                int(np.asarray(state["tokens"])[number]),
+                asked[number],
+                float(drawn[number]) / total,
+                _epochs(reader, positions),
+                _documents_seen(reader, positions),
+            )
+        )
+    return at, rows
+
+
+def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
+    """Mean share asked for over the run's sequences."""
+    asked, sequences = dict.fromkeys(names, 0.0), 0
+    changes = [step for step in plan.mixture.steps + plan.shape.steps if step < steps]
+    for begin, end in itertools.pairwise(sorted({0, steps, *changes})):
+        count = (end - begin) * plan.shape.at(begin)["global_batch_size"]
+        sequences += count
+        for name, weight in plan.mixture.at(begin).items():
+            asked[name] += weight * count
+    return [asked[name] / max(1, sequences) for name in names]
+
+
+def _epochs(reader: SourceReader, positions: Int64) -> float:
+    done = 0.0
+    for lane, (epoch, cursor, _, _) in enumerate(positions.tolist()):
+        done += epoch + cursor / max(1, len(reader.hand(epoch, lane)))
+    return done / len(positions)
+
+
+def _documents_seen(reader: SourceReader, positions: Int64) -> list[int]:
+    """How many documents were seen 0, 1, 2, … times. Reads every chunk once."""
+    documents = [reader.records(chunk)[1] for chunk in range(len(reader.chunks))]
+    seen = [np.zeros(len(places), dtype=np.int64) for places in documents]
+    for lane, (epoch, cursor, document, token) in enumerate(positions.tolist()):
+        for past in range(epoch):
+            for chunk in reader.hand(past, lane).tolist():
+                seen[chunk] += 1
+        hand = reader.hand(epoch, lane).tolist()
+        for chunk in hand[:cursor]:
+            seen[chunk] += 1
+        if cursor < len(hand):
+            _, order = reader.documents(hand[cursor], epoch)
+            begun = order[: document + (1 if token else 0)]
+            seen[hand[cursor]][np.isin(documents[hand[cursor]], begun)] += 1
+    counts = np.bincount(np.concatenate(seen)) if documents else np.zeros(1, dtype=np.int64)
+    return [int(count) for count in counts]

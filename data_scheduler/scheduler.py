@@ -1,0 +1,354 @@
+"""The engine: from a configuration and a journal to batches, one data-parallel rank's share of each step.
+
+    journal ──► plan: weights, batch shape of step k
+                  │
+                  ▼
+    mixer: sequences per source ──► slots: source of every slot of the global batch
+                                       │  slot i belongs to lane (sequences so far + i) mod L, lane ℓ to rank ℓ mod DP
+                                       ▼
+    (lane, source) streams: chunks ─► documents ─► tokens ──► packer ──► Batch
+
+Worked example: L = 4 lanes, global batch 4, DP = 2. Step 0 draws sequences 0…3 from lanes 0…3; rank 0 packs those of
+lanes 0 and 2, rank 1 those of 1 and 3. With DP = 1 one rank packs all four, the same ones in the same slots.
+
+`Scheduler` knows numpy only; `data_scheduler.dataset.DataScheduler` is the same thing as a PyTorch `IterableDataset`.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_scheduler.batch import Batch, RejectedRecord, sequence_digest
+from data_scheduler.config import DataConfig
+from data_scheduler.encoder import Encoder, load_encoder
+from data_scheduler.identity import check_same_run, sample_texts
+from data_scheduler.journal import Event, Journal, Kind
+from data_scheduler.lane import DocumentStream, Position, SourceReader, UnitCache
+from data_scheduler.manifest import Manifest, check_unchanged
+from data_scheduler.mixture import ONE, Mixer, quantize, slots
+from data_scheduler.order import Int64
+from data_scheduler.packing import PACKERS
+from data_scheduler.plan import Plan
+from data_scheduler.policies import Feedback, make_policy
+from data_scheduler.state import State, Touched
+from headrace.errors import ConfigError, LayoutError
+from headrace.version import __version__
+
+
+class _Produced(NamedTuple):
+    """A batch with the changes of state that its consumption means."""
+
+    batch: Batch
+    touched: list[Touched]
+    owed: Int64
+    counts: Int64
+    width: int
+    policy: dict[str, Any]
+    wanted: dict[str, float]
+
+
+class Scheduler:
+    """An endless iterator of `Batch`. Not thread-safe; one consumer."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        run_dir: str | os.PathLike[str] | None = None,
+        journal: Journal | None = None,
+        encoder: Encoder | None = None,
+        replaying: bool = False,
+    ) -> None:
+        """Open the sources, or those of the journal in `run_dir` when there is one.
+
+        Rank 0 writes the journal; other ranks must be made after rank 0's so that they read its manifests. With
+        `replaying` the journal alone decides and nothing is added to it. Raises ConfigError, LayoutError or DataError.
+        """
+        check_layout(config, dp_rank, dp_size)
+        self.config = config
+        self._replaying = replaying
+        self.names = [source.name for source in config.sources]
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        if journal is None:
+            path = None if run_dir is None else Path(run_dir) / "journal.jsonl"
+            journal = Journal(path, writable=dp_rank == 0 and not replaying)
+        self.journal = journal
+        fresh = not journal.events
+        known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
+        for manifest in known.values():
+            check_unchanged(manifest)
+        new = {source.name: Manifest.take(source) for source in config.sources if source.name not in known}
+        manifests = known | new
+        self.encoder = encoder or load_encoder(
+            config.tokenizer, fast=config.fast_tokenizer, samples=sample_texts(config, manifests)
+        )
+        if not fresh:
+            check_same_run(config, journal, self.encoder.fingerprint)
+        # Nothing was written so far: a wrong path or setting must not leave half a run behind.
+        self._record_sources(fresh, new)
+        self.plan = Plan(journal)
+        self._resuming = not fresh
+        self._begun = False
+        cache = UnitCache()
+        self.readers = []
+        for source in config.sources:
+            self.readers.append(SourceReader(source, manifests[source.name], config, self.encoder, cache))
+        initial = {source.name: source.weight for source in config.sources}
+        self._policy = make_policy(config.policy.kind, config.policy.options, initial)
+        if self._policy.uses_feedback and config.policy.horizon <= config.prefetch:
+            raise ConfigError(
+                f"data.policy.horizon: {config.policy.horizon} must be larger than data.prefetch ({config.prefetch})"
+            )
+        self._packer = PACKERS[config.packing]()
+        self._consumed = State.fresh(config.lanes, self.names)
+        self._reported: dict[int, Feedback] = {}
+        self._report_arrived = threading.Condition()
+        self._loader: _Loader | None = None
+        self._rewind()
+
+    # -- consuming -----------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._begun and not self._replaying:
+            self._begin()
+        began = time.perf_counter()
+        if self.config.prefetch == 0:
+            produced = self._produce()
+        else:
+            if self._loader is None:
+                self._loader = _Loader(self._produce, self.config.prefetch)
+            produced = self._loader.get()
+        produced.batch.wait_s = time.perf_counter() - began
+        self._consumed.consume(produced.touched, produced.owed, produced.counts, produced.width)
+        self._consumed.policy, self._consumed.wanted = produced.policy, produced.wanted
+        self._consumed.keep_feedback_from(self._consumed.step - self.config.policy.horizon)
+        return produced.batch
+
+    def feedback(self, step: int, source_loss: Mapping[str, float], source_tokens: Mapping[str, int]) -> None:
+        """Report a trained step's loss per token and tokens per source, summed over all ranks; every rank must."""
+        report = Feedback(step, dict(source_loss), dict(source_tokens))
+        self._consumed.feedback.append(report)
+        with self._report_arrived:
+            self._reported[step] = report
+            self._report_arrived.notify_all()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where consumption stands: exact whatever was prefetched. Holds this rank's lanes; `merge` joins ranks."""
+        return self._consumed.to_dict(self._dp_rank, self._dp_size)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of this run, saved under any data-parallel size and holding all lanes needed here.
+
+        Raises ConfigError when the state belongs to other lanes or lacks some.
+        """
+        self.close()
+        self._consumed = State.from_dict(state, self.config.lanes, self.names, self._dp_rank, self._dp_size)
+        self._resuming, self._begun = True, False
+        self._rewind()
+
+    def close(self) -> None:
+        """Stop the loader thread."""
+        if self._loader is not None:
+            with self._report_arrived:
+                self._loader.stopping.set()
+                self._report_arrived.notify_all()
+            self._loader.stop()
+            self._loader = None
+
+    # -- producing -----------------------------------------------------------------------------------------------
+
+    def _rewind(self) -> None:
+        """Set the producing side to where consumption stands."""
+        self._step = self._consumed.step
+        self._sequences = self._consumed.sequences
+        self._positions = self._consumed.positions.copy()
+        self._mixer = Mixer(len(self.names))
+        self._mixer.owed = self._consumed.owed.copy()
+        self._streams: dict[tuple[int, int], DocumentStream] = {}
+        self._policy.load_state_dict(self._consumed.policy)
+        self._wanted = dict(self._consumed.wanted)
+        self._reported = {report.step: report for report in self._consumed.feedback}
+        self._heard = self._step - 1 - self.config.policy.horizon
+
+    def _produce(self) -> _Produced:
+        """Prepare the next step: the only place where batches come from."""
+        step, lanes = self._step, self.config.lanes
+        shares = quantize(self._weights(step), self.names)
+        shape = self.plan.shape.at(step)
+        batch_size, width = shape["global_batch_size"], shape["seq_len"] + 1
+        counts = self._mixer.counts(shares, batch_size)
+        sources = slots(counts, self.config.seed, step)
+        own = range((self._dp_rank - self._sequences) % self._dp_size, batch_size, self._dp_size)
+        tokens = np.empty((len(own), width), dtype=np.int64)
+        starts, segment_ids, digests, touched = [], [], [], []
+        offsets = np.empty(len(own), dtype=np.int64)
+        for row, slot in enumerate(own):
+            lane, source = (self._sequences + slot) % lanes, int(sources[slot])
+            stream = self._stream(lane, source)
+            segments = self._packer.pack(stream, tokens[row])
+            starts.append(segments.starts)
+            segment_ids.append(segments.document_ids)
+            offsets[row] = segments.offset
+            digests.append(sequence_digest(source, segments.starts, tokens[row]))
+            touched.append(Touched(lane, source, stream.position))
+        own_slots = np.array(own, dtype=np.int64)
+        source_ids = sources[own_slots].astype(np.int64)
+        batch = Batch(
+            step, tokens, starts, source_ids, segment_ids, offsets, own_slots, digests, rejects=self._take_rejects()
+        )
+        self._step += 1
+        self._sequences += batch_size
+        return _Produced(batch, touched, self._mixer.owed, counts, width, self._policy.state_dict(), self._wanted)
+
+    def _stream(self, lane: int, source: int) -> DocumentStream:
+        key = (lane, source)
+        if key not in self._streams:
+            position = Position(*self._positions[lane, source].tolist())
+            self._streams[key] = DocumentStream(self.readers[source], lane, position)
+        return self._streams[key]
+
+    def _weights(self, step: int) -> Mapping[str, float]:
+        """The mixture of a step: the journal's, after the policy has had its say."""
+        if self._replaying:
+            return self._decided_weights(step)
+        wanted = self._policy.weights(step, self._feedback_for(step))
+        # A person's decision for this very step stands. Most policies repeat themselves: nothing to do then.
+        in_force = self.plan.mixture.at(step)
+        if not self.plan.mixture.decided(step) and (wanted != self._wanted or in_force is None):
+            # Shares as they will be used, so that the journal's numbers are the exact ones.
+            shares = quantize(wanted, self.names) / ONE
+            exact = dict(zip(self.names, shares.tolist(), strict=True))
+            if exact != in_force:
+                self._record("mixture", step, {"weights": exact}, f"policy:{self.config.policy.kind}")
+        self._wanted = dict(wanted)
+        return self._decided_weights(step)
+
+    def _decided_weights(self, step: int) -> Mapping[str, float]:
+        weights: Mapping[str, float] | None = self.plan.mixture.at(step)
+        if weights is None:
+            raise ConfigError(f"the journal has no mixture for step {step}; the run never got there")
+        return weights
+
+    def _feedback_for(self, step: int) -> list[Feedback]:
+        """Reports up to step − horizon that the policy has not heard yet; waits for them while training catches up."""
+        last = step - self.config.policy.horizon
+        if not self._policy.uses_feedback or last <= self._heard:
+            return []
+        heard = []
+        with self._report_arrived:
+            for number in range(max(0, self._heard + 1), last + 1):
+                self._report_arrived.wait_for(lambda number=number: number in self._reported or self._stopping())  # type: ignore[misc]
+                if self._stopping():
+                    raise _Stopped
+                heard.append(self._reported.pop(number))
+        self._heard = last
+        return heard
+
+    def _stopping(self) -> bool:
+        return self._loader is not None and self._loader.stopping.is_set()
+
+    def _take_rejects(self) -> list[RejectedRecord]:
+        taken = [reject for reader in self.readers for reject in reader.rejects]
+        for reader in self.readers:
+            reader.rejects = []
+        return taken
+
+    # -- journal -------------------------------------------------------------------------------------------------
+
+    def _record(self, kind: Kind, step: int, data: dict[str, Any], by: str) -> Event:
+        event = self.journal.append(kind, step, data, by)
+        self.plan.apply(event)
+        return event
+
+    def _begin(self) -> None:
+        """Journal where iteration begins, and the batch shape when the configuration asks for another from here on."""
+        if self._resuming:
+            self._record("resumed", self._step, {"dp_size": self._dp_size}, "system")
+        shape = {"seq_len": self.config.seq_len, "global_batch_size": self.config.global_batch_size}
+        if self.plan.shape.at(self._step) != shape:
+            self._record("stage", self._step, shape, "config")
+        self._begun = True
+
+    def _record_sources(self, fresh: bool, new: Mapping[str, Manifest]) -> None:
+        """Journal the start of the run, and the sources that enter it now."""
+        if fresh:
+            config = self.config.model_dump(mode="json")
+            started = {"version": __version__, "data": config, "tokenizer": self.encoder.fingerprint}
+            self.journal.append("run_started", 0, started, "config")
+        # A source that is added enters where the run will be resumed: at its newest checkpoint.
+        step = max((event.step for event in self.journal.of("checkpoint")), default=0)
+        for source in self.config.sources:
+            if source.name in new:
+                if not fresh:
+                    self.journal.append("source_added", step, {"source": source.model_dump(mode="json")}, "config")
+                self.journal.append("manifest", step, new[source.name].to_data(), "system")
+
+
+class _Stopped(Exception):
+    """Raised inside the loader thread to leave a wait when the scheduler is closed."""
+
+
+class _Loader:
+    """A thread that keeps up to `depth` produced batches ready."""
+
+    def __init__(self, produce: Any, depth: int) -> None:
+        self.stopping = threading.Event()
+        self._produce = produce
+        self._ready: queue.Queue[_Produced | BaseException] = queue.Queue(maxsize=depth)
+        self._thread = threading.Thread(target=self._run, name="headrace-loader", daemon=True)
+        self._thread.start()
+
+    def get(self) -> _Produced:
+        """The next batch; raises what producing it raised."""
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._ready.put(item)  # a consumer that asks again is told again
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """End the thread; what it had prepared is dropped."""
+        self.stopping.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self.stopping.is_set():
+                self._ready.put(self._produce())
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._ready.put(error)
+
+
+def check_layout(config: DataConfig, dp_rank: int, dp_size: int) -> None:
+    """Raise LayoutError unless the data-parallel size divides lanes and global batch."""
+    if not 0 <= dp_rank < dp_size:
+        raise LayoutError(f"data-parallel rank {dp_rank} of {dp_size}: ranks count from 0 to size - 1")
+    if config.lanes % dp_size or config.global_batch_size % dp_size:
+        fitting = [
+            size
+            for size in range(1, config.global_batch_size + 1)
+            if config.lanes % size == 0 and config.global_batch_size % size == 0
+        ]
+        near = sorted(fitting, key=lambda size: (abs(size - dp_size), size))[:3]
+        raise LayoutError(
+            f"data-parallel size {dp_size} must divide data.lanes ({config.lanes}) and data.global_batch_size "
+            f"({config.global_batch_size}); nearest that do: {', '.join(map(str, sorted(near)))}"
+        )
