@@ -1,0 +1,218 @@
+"""A layout: how many processes, and how the model is split over them. Pure arithmetic, no torch.
+
+`Layout(8, tensor_parallel_size=2, pipeline_parallel_size=2)` leaves data parallel 2. `validate` holds a layout
+against a model's numbers and says in one line what does not divide and which nearby layouts would.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from headrace.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `world_size` processes share one model. Ranks count tensor parallel fastest, then context, data, pipeline."""
+
+    world_size: int
+    tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_parallel_size: int = 1
+    virtual_pipeline_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    distributed_optimizer: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one replica together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model."""
+        return self.world_size // self.model_parallel_size
+
+    @property
+    def model_chunks(self) -> int:
+        """Model chunks on each pipeline rank."""
+        return self.virtual_pipeline_parallel_size or 1
+
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(pipeline, data, context, tensor) position of `rank`."""
+        tp, cp, dp = self.tensor_parallel_size, self.context_parallel_size, self.data_parallel_size
+        return rank // (tp * cp * dp), rank // (tp * cp) % dp, rank // tp % cp, rank % tp
+
+    def rank_map(self) -> str:
+        """One line a rank: where it stands in the pipeline, data, context and tensor directions."""
+        lines = [f"{'rank':>5} {'pp':>3} {'dp':>3} {'cp':>3} {'tp':>3}"]
+        for rank in range(self.world_size):
+            pp, dp, cp, tp = self.coordinates(rank)
+            lines.append(f"{rank:>5} {pp:>3} {dp:>3} {cp:>3} {tp:>3}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        parts = [f"dp={self.data_parallel_size}", f"tp={self.tensor_parallel_size}{'+sp' * self.sequence_parallel}"]
+        virtual = self.virtual_pipeline_parallel_size
+        parts.append(f"pp={self.pipeline_parallel_size}" + (f"x{virtual}" if virtual else ""))
+        if self.context_parallel_size > 1:
+            parts.append(f"cp={self.context_parallel_size}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a model and its batch that a layout has to divide."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int
+    seq_len: int
+    global_batch_size: int
+    micro_batch_size: int
+    lanes: int
+
+
+def validate(layout: Layout, shape: Shape) -> None:
+    """Raise LayoutError, one line with the nearest layouts that fit, unless `layout` can train `shape`."""
+    problem = find_problem(layout, shape)
+    if problem is None:
+        return
+    raise LayoutError(f"parallel: {problem}{_advice(layout, shape)}")
+
+
+def find_problem(layout: Layout, shape: Shape) -> str | None:
+    """What keeps `layout` from training `shape`, or None."""
+    return _own_problem(layout) or _model_problem(layout, shape) or _batch_problem(layout, shape)
+
+
+def nearest_layouts(layout: Layout, shape: Shape, limit: int = 3) -> list[Layout]:
+    """Up to `limit` layouts of the same number of processes that fit, the fewest changes from `layout` first."""
+    fitting = [near for near in _neighbours(layout) if find_problem(near, shape) is None]
+
+    def distance(near: Layout) -> tuple[float, int, int, int]:
+        sizes = (near.tensor_parallel_size, near.pipeline_parallel_size, near.context_parallel_size)
+        wanted = (layout.tensor_parallel_size, layout.pipeline_parallel_size, layout.context_parallel_size)
+        ratio = sum(max(a, b) / min(a, b) - 1 for a, b in zip(sizes, wanted, strict=True))
+        kept = near.virtual_pipeline_parallel_size == layout.virtual_pipeline_parallel_size
+        return ratio + (not kept), *sizes
+
+    return sorted(fitting, key=distance)[:limit]
+
+
+def _advice(layout: Layout, shape: Shape) -> str:
+    """The end of an error: layouts of as many processes that fit, or else numbers of processes that have one."""
+    near = nearest_layouts(layout, shape)
+    if near:
+        return f"; layouts that fit {layout.world_size} processes: {', '.join(map(str, near))}"
+    sizes = sorted(range(1, layout.world_size + 33), key=lambda size: abs(size - layout.world_size))[:64]
+    others = []
+    for size in sizes:
+        for other in nearest_layouts(replace(layout, world_size=size), shape, limit=1):
+            others.append(f"{size} ({other})")
+        if len(others) == 2:
+            break
+    hint = f"; numbers of processes that do: {', '.join(others)}" if others else ""
+    return f"; no layout fits {layout.world_size} processes{hint}" if layout.world_size > 0 else ""
+
+
+def _own_problem(layout: Layout) -> str | None:
+    sizes = {
+        "world_size": layout.world_size,
+        "tensor_parallel_size": layout.tensor_parallel_size,
+        "pipeline_parallel_size": layout.pipeline_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            return f"{name} must be at least 1, got {size}"
+    if layout.world_size % layout.model_parallel_size:
+        return (
+            f"{layout.world_size} processes cannot be split into tensor_parallel_size "
+            f"{layout.tensor_parallel_size} x pipeline_parallel_size {layout.pipeline_parallel_size} x "
+            f"context_parallel_size {layout.context_parallel_size} = {layout.model_parallel_size}"
+        )
+    if layout.sequence_parallel and layout.tensor_parallel_size == 1:
+        return "sequence_parallel needs tensor_parallel_size of at least 2"
+    virtual = layout.virtual_pipeline_parallel_size
+    if virtual is not None and virtual < 2:
+        return f"virtual_pipeline_parallel_size must be at least 2 or left out, got {virtual}"
+    if virtual is not None and layout.pipeline_parallel_size == 1:
+        return "virtual_pipeline_parallel_size needs pipeline_parallel_size of at least 2"
+    return None
+
+
+def _model_problem(layout: Layout, shape: Shape) -> str | None:
+    tp = layout.tensor_parallel_size
+    if shape.hidden_size % shape.num_attention_heads:
+        return f"hidden_size {shape.hidden_size} is not a multiple of num_attention_heads {shape.num_attention_heads}"
+    if shape.hidden_size // shape.num_attention_heads % 2:
+        return f"head size {shape.hidden_size // shape.num_attention_heads} is odd, rotary embedding needs an even one"
+    if shape.num_attention_heads % shape.num_query_groups:
+        return (
+            f"num_attention_heads {shape.num_attention_heads} is not a multiple of "
+            f"num_query_groups {shape.num_query_groups}"
+        )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        size = getattr(shape, name)
+        if size % tp:
+            return f"{name} {size} is not a multiple of tensor_parallel_size {tp}"
+    stages = layout.pipeline_parallel_size * layout.model_chunks
+    if shape.num_layers % stages:
+        virtual = layout.virtual_pipeline_parallel_size
+        product = f"pipeline_parallel_size {layout.pipeline_parallel_size}"
+        product += f" x virtual_pipeline_parallel_size {virtual}" if virtual else ""
+        return f"num_layers {shape.num_layers} is not a multiple of {product}"
+    return None
+
+
+def _batch_problem(layout: Layout, shape: Shape) -> str | None:
+    dp, cp, micro = layout.data_parallel_size, layout.context_parallel_size, shape.micro_batch_size
+    if shape.global_batch_size % dp:
+        return f"global_batch_size {shape.global_batch_size} is not a multiple of the data-parallel size {dp}"
+    if shape.lanes % dp:
+        return f"lanes {shape.lanes} is not a multiple of the data-parallel size {dp}"
+    if shape.global_batch_size // dp % micro:
+        return (
+            f"global_batch_size {shape.global_batch_size} over data-parallel size {dp} leaves "
+            f"{shape.global_batch_size // dp} sequences, not a multiple of micro_batch_size {micro}"
+        )
+    if cp > 1 and shape.seq_len % (2 * cp):
+        return f"seq_len {shape.seq_len} is not a multiple of 2 x context_parallel_size {cp}"
+    if layout.sequence_parallel and shape.seq_len // cp * micro % layout.tensor_parallel_size:
+        return (
+            f"micro_batch_size x seq_len = {shape.seq_len // cp * micro} tokens are not a multiple of "
+            f"tensor_parallel_size {layout.tensor_parallel_size}, which sequence_parallel needs"
+        )
+    if layout.virtual_pipeline_parallel_size:
+        micro_batches = shape.global_batch_size // dp // micro
+        if micro_batches % layout.pipeline_parallel_size:
+            return (
+                f"{micro_batches} micro-batches are not a multiple of pipeline_parallel_size "
+                f"{layout.pipeline_parallel_size}, which the interleaved schedule needs"
+            )
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _neighbours(layout: Layout) -> Iterator[Layout]:
+    """All layouts of the same number of processes, without virtual pipelining besides with the size asked for."""
+    if layout.world_size < 1:
+        return
+    for tp in _divisors(layout.world_size):
+        for pp in _divisors(layout.world_size // tp):
+            for cp in {1, layout.context_parallel_size}:
+                for virtual in {None, layout.virtual_pipeline_parallel_size if pp > 1 else None}:
+                    yield replace(
+                        layout,
+                        tensor_parallel_size=tp,
+                        pipeline_parallel_size=pp,
+                        context_parallel_size=cp,
+                        virtual_pipeline_parallel_size=virtual,
+                        sequence_parallel=layout.sequence_parallel and tp > 1,
+                    )
