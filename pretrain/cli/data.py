@@ -1,0 +1,124 @@
+"""`headrace data …`: make a sample corpus, and look at what a run has been given."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from headrace.errors import ConfigError
+
+app = typer.Typer(help="Sample corpus, replay, trace, ledger.", no_args_is_help=True)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    seed: Annotated[int, typer.Option(help="Seed of the generated sources.")] = 0,
+) -> None:
+    """Write a multi-source corpus of real text from what this Python installation carries; nothing is downloaded."""
+    from data_scheduler.sample_corpus import write_sample_corpus
+
+    table = Table("source", "format", "files", "documents", "held out", "MB", title=f"sample corpus in {out}")
+    for source in write_sample_corpus(out, seed=seed):
+        table.add_row(
+            source.source,
+            source.suffix,
+            str(source.files),
+            f"{source.documents:,}",
+            f"{source.val_documents:,}",
+            f"{source.bytes / 1e6:.1f}",
+        )
+    Console().print(table)
+
+
+@app.command()
+def replay(
+    run: Run,
+    steps: Annotated[str, typer.Option(metavar="A:B", help="First and last step, both included.")],
+) -> None:
+    """Make past batches again from the raw files and print `step sha256`, as recorded in `metrics.jsonl`."""
+    from data_scheduler.batch import batch_sha256
+    from data_scheduler.replay import replay as replay_steps
+
+    first, last = _parse_steps(steps)
+    for batch in replay_steps(run, first, last):
+        print(batch.step, batch_sha256(batch.digests), flush=True)
+
+
+@app.command()
+def trace(
+    run: Run,
+    step: Annotated[int, typer.Option(min=0, help="The step to look at.")],
+    slot: Annotated[int | None, typer.Option(min=0, help="Only this slot of the global batch.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with the documents' text.")] = False,
+) -> None:
+    """Name source, file, record and token range of every document in a past step's batch."""
+    from data_scheduler.replay import trace as trace_step
+
+    documents = trace_step(run, step, slot)
+    if as_json:
+        for document in documents:
+            print(json.dumps({"step": step, **document._asdict()}, ensure_ascii=False))
+        return
+    table = Table("slot", "source", "file", "record", "tokens", "begins with", title=f"step {step}")
+    for document in documents:
+        record = str(document.record)
+        if document.within:
+            record += f" of bytes {document.within[0]}-{document.within[1]}"
+        table.add_row(
+            str(document.slot),
+            document.source,
+            document.file,
+            record,
+            f"{document.token_start}-{document.token_stop}",
+            repr(document.text[:40])[1:-1],
+        )
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+
+
+@app.command()
+def ledger(
+    run: Run,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="After this many steps (default: the last checkpoint).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What each source has given: tokens, share asked and realised, epochs, documents seen 0, 1, 2, … times."""
+    from data_scheduler.replay import ledger as run_ledger
+
+    at, rows = run_ledger(run, step)
+    if as_json:
+        print(json.dumps({"step": at, "sources": [row._asdict() for row in rows]}))
+        return
+    table = Table(
+        "source", "sequences", "tokens", "asked", "realised", "epochs", "documents seen 0, 1, 2, … times",
+        title=f"after {at} steps",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row.source,
+            f"{row.sequences:,}",
+            f"{row.tokens:,}",
+            f"{row.share_asked:.4f}",
+            f"{row.share_realised:.4f}",
+            f"{row.epochs:.2f}",
+            ", ".join(f"{count:,}" for count in row.documents_seen),
+        )
+    Console().print(table)
+
+
+def _parse_steps(steps: str) -> tuple[int, int]:
+    first, separator, last = steps.partition(":")
+    try:
+        begin = int(first)
+        end = int(last) if separator else begin
+    except ValueError:
+        raise ConfigError(f"--steps {steps!r}: give A:B, two step numbers") from None
+    return begin, end

@@ -1,0 +1,335 @@
+"""A run's configuration: YAML in, one validated `RunConfig` out.
+
+`load_config("recipes/quickstart.yaml", ["train.steps=20"])` reads the file, applies dotted overrides, and raises
+`ConfigError` with the key's path and the nearest valid name when anything does not fit.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from data_scheduler.config import DataConfig, StrictModel
+from headrace.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class RunSection(StrictModel):
+    """Where the run lives."""
+
+    dir: str
+    """Run folder; everything the run writes is under it."""
+    name: str = ""
+    """Name for trackers; the run folder's name when empty."""
+
+
+class ModelConfig(StrictModel):
+    """The model. `family` fixes the architecture, the numbers its size."""
+
+    family: Literal["wonton", "llama", "qwen3"]
+    """`wonton`: LayerNorm, biases, GELU, QK-LayerNorm (Nyonic, arXiv 2404.15702). `llama`: RMSNorm, SwiGLU, GQA, no
+    biases. `qwen3`: llama with QK-RMSNorm."""
+    num_layers: Positive
+    """Transformer blocks."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_attention_heads: Positive
+    """Query heads."""
+    num_query_groups: Positive | None = None
+    """Key/value heads (GQA); as many as query heads when not given."""
+    ffn_hidden_size: Positive
+    """Inner width of the MLP."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding; the tokenizer's size rounded up to a multiple of 128 when not given."""
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary embedding's frequencies."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of every norm."""
+    qk_norm: bool | None = None
+    """Norm on queries and keys; the family's default (wonton and qwen3: yes, llama: no) when not given."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output head."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of weights at the start; output projections of attention and MLP get init_std/√(2·layers)."""
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Coefficient of z-loss, c·log²Z (PaLM, arXiv 2204.02311)."""
+    max_z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Coefficient of max-z loss, c·(max logit)² (Baichuan 2, arXiv 2309.10305)."""
+
+
+class TrainConfig(StrictModel):
+    """The training loop."""
+
+    steps: Positive
+    """Optimizer steps of the run."""
+    micro_batch_size: Positive = 1
+    """Sequences per forward pass and data-parallel rank."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` keeps fp32 master weights and gradients."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: none, core attention and MLP only, or every block."""
+    seed: int = 1234
+    """Seed of the weights."""
+    eval_every: NonNegative = 0
+    """Evaluate held-out data every so many steps, besides before the first and after the last; 0: only those two."""
+    eval_sequences: NonNegative = 16
+    """Held-out sequences per source in one evaluation; 0 switches evaluation off."""
+    threads: NonNegative = 0
+    """CPU threads per process; 0 leaves torch's own choice."""
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW and its learning-rate schedule."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 3e-5
+    """Learning rate at the end of the decay."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Applied to matrices; norms and biases are not decayed."""
+    clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
+    """Global gradient-norm limit; 0 switches clipping off."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape after the warm-up; `wsd` holds the peak and decays over the last `decay_steps` steps."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: NonNegative | None = None
+    """`cosine`, `linear`: step at which min_lr is reached (default: the run's end). `wsd`: length of the final decay
+    (default: a tenth of the run)."""
+
+
+class ParallelConfig(StrictModel):
+    """How the model is spread over processes; what is left over is data parallel."""
+
+    tensor_parallel_size: Positive = 1
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel group along the sequence."""
+    pipeline_parallel_size: Positive = 1
+    virtual_pipeline_parallel_size: Positive | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    context_parallel_size: Positive = 1
+    distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+
+
+class KernelsConfig(StrictModel):
+    """Who computes an operator: torch, or the fused kernel of `csrc/`. `auto` takes the fused one where it is built and
+    was measured to be faster. The two differ by rounding."""
+
+    swiglu: Literal["auto", "torch", "fused"] = "auto"
+    """Activation of the MLP in `llama` and `qwen3`; `fused` is refused where it is not built."""
+
+
+class CheckpointConfig(StrictModel):
+    """When checkpoints are written and how many are kept."""
+
+    every: NonNegative = 100
+    """Save every so many steps, and at the end; 0: only at the end."""
+    keep_last: NonNegative = 2
+    """Checkpoints kept; 0 keeps all."""
+
+
+class WandbConfig(StrictModel):
+    enabled: bool = False
+    project: str = "headrace"
+    mode: Literal["online", "offline"] = "offline"
+
+
+class PrometheusConfig(StrictModel):
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    """Address to listen on; any address besides loopback needs `token`."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 9401
+    """0 takes a free port; the port in use is written to `<run>/log/prometheus.port`."""
+    token: str = ""
+    """Bearer token a scraper must send; empty: none needed (loopback only)."""
+
+
+class MetricsConfig(StrictModel):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False
+    prometheus: PrometheusConfig = PrometheusConfig()
+    progress: bool = True
+    """Progress bar on a terminal, plain lines elsewhere."""
+
+
+class RunConfig(StrictModel):
+    """The whole configuration of a run; `headrace config schema` prints it as JSON schema."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `3e-4` as a number, as YAML 1.2 does; PyYAML's 1.1 rules make it a string."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:float"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """`text` as plain data; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated configuration of `path` with `key.path=value` overrides applied.
+
+    Values are read as YAML (`true`, `3e-4`, `[a, b]`); list items are addressed by number or, for sources, by name
+    (`data.sources.code.weight=2`). Raises ConfigError.
+    """
+    path = Path(path)
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; give the YAML file in it") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping with the sections {', '.join(RunConfig.model_fields)}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate_config(raw, str(path))
+
+
+def validate_config(raw: dict[str, Any], where: str) -> RunConfig:
+    """`raw` as a RunConfig; raises ConfigError naming `where`, the key's path and the nearest valid name."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_describe(problem, raw) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; reading it back gives an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_schema() -> str:
+    """JSON schema of a run's configuration."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: write key.path=value")
+    try:
+        value = parse_yaml(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    parts = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            names = [item.get("name") if isinstance(item, dict) else None for item in node]
+            index = names.index(part) if part in names else int(part) if part.isdecimal() else -1
+            if not 0 <= index < len(node):
+                known = ", ".join(str(name) for name in names if name) or f"0 to {len(node) - 1}"
+                raise ConfigError(
+                    f"override {override!r}: no item {part!r} in {'.'.join(parts[:depth])}; it has {known}"
+                )
+            if last:
+                node[index] = value
+            else:
+                node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            else:
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+        else:
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a single value, not a section")
+
+
+def _describe(problem: Any, raw: Any) -> str:
+    location: tuple[str | int, ...] = problem["loc"]
+    key = ".".join(_name_items(location, raw)) or "config"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _valid_keys(location), n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else f" (valid: {', '.join(_valid_keys(location))})"
+        return f"unknown key {key}{hint}"
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    value = problem.get("input")
+    shown = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return f"{key}: {message}{shown}"
+
+
+def _name_items(location: tuple[str | int, ...], raw: Any) -> list[str]:
+    """Path parts, list items called by their `name` where they have one."""
+    parts: list[str] = []
+    node = raw
+    for part in location:
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            node = None
+        named = isinstance(part, int) and isinstance(node, dict) and isinstance(node.get("name"), str)
+        parts.append(node["name"] if named else str(part))
+    return parts
+
+
+def _valid_keys(location: tuple[str | int, ...]) -> list[str]:
+    """Field names of the section that holds the key at `location`."""
+    model: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = _model_of(annotation)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_of(argument)
+        if found:
+            return found
+    return None

@@ -1,0 +1,136 @@
+"""A `ModelConfig` as a Hugging Face `config.json`, and back. Plain data; needs no transformers.
+
+`config.json` is written in the form that transformers 4 and 5 and the inference engines all read (`rope_theta` and
+`torch_dtype` at the top level); both that form and that of transformers 5 (`rope_parameters`, `dtype`) are read.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from data_scheduler.encoder import Encoder
+from headrace.errors import ConfigError
+from pretrain.config import ModelConfig
+from pretrain.models.sizes import FAMILIES, has_qk_norm, head_size, query_groups
+
+Family = Literal["llama", "qwen3"]
+ARCHITECTURES: dict[Family, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What transformers assumes where config.json is silent.
+DEFAULTS: dict[Family, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": None, "head_dim": None},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+COMMON_DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+def hf_family(model: ModelConfig) -> Family:
+    """The Hugging Face model that computes what `model` does. Raises ConfigError when there is none."""
+    family = FAMILIES[model.family]
+    if family.normalization != "RMSNorm" or family.biases or not family.gated:
+        raise ConfigError(
+            f"model.family {model.family}: cannot be converted; transformers has no such model (llama and qwen3 can be)"
+        )
+    return "qwen3" if has_qk_norm(model) else "llama"
+
+
+def to_hf_config(
+    model: ModelConfig, vocab_size: int, seq_len: int, dtype: torch.dtype, encoder: Encoder
+) -> dict[str, Any]:
+    """`config.json`. Raises ConfigError when transformers has no such model."""
+    family = hf_family(model)
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": query_groups(model),
+        "head_dim": head_size(model),
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_len,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_base,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": encoder.bos_id,  # null where there is none; without it transformers assumes 1 for a llama
+        "eos_token_id": encoder.eos_id,
+        "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if family == "llama":
+        config["mlp_bias"] = False
+    else:
+        config |= {"use_sliding_window": False, "sliding_window": None}
+    return config
+
+
+def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model of a `config.json`. Raises ConfigError, naming `where` and the key, for what cannot be represented."""
+    family = _family(config, where)
+    config = {**COMMON_DEFAULTS, **DEFAULTS[family], **config}
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if type(config.get(key)) is not int:
+            raise ConfigError(f"{where}: {key} must be a whole number, got {config.get(key)!r}")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim, groups = config["head_dim"] or hidden // heads, config["num_key_value_heads"] or heads
+    for key, unsupported in (
+        ("attention_bias", bool(config.get("attention_bias"))),
+        ("mlp_bias", bool(config.get("mlp_bias"))),
+        ("hidden_act", config["hidden_act"] not in ("silu", "swish")),
+        ("use_sliding_window", bool(config.get("use_sliding_window"))),
+        ("quantization_config", config.get("quantization_config") is not None),
+        ("head_dim", head_dim * heads != hidden),  # heads here are hidden_size / num_attention_heads wide
+        ("num_key_value_heads", heads % groups != 0),
+    ):
+        if unsupported:
+            raise ConfigError(f"{where}: {key} = {config.get(key)!r} is not supported")
+    try:
+        return ModelConfig(
+            family=family,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            ffn_hidden_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            rope_base=_rope_base(config, where),
+            norm_eps=config["rms_norm_eps"],
+            tie_embeddings=config["tie_word_embeddings"],
+            init_std=config["initializer_range"],
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{where}: {problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+
+
+def _family(config: Mapping[str, Any], where: str) -> Family:
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    for family, architecture in ARCHITECTURES.items():
+        if kind == family and (not architectures or architecture in architectures):
+            return family
+    known = " and ".join(ARCHITECTURES.values())
+    found = ", ".join(architectures) if isinstance(architectures, list) and architectures else f"model_type {kind!r}"
+    raise ConfigError(f"{where}: {found} cannot be converted; {known} can")
+
+
+def _rope_base(config: Mapping[str, Any], where: str) -> Any:
+    """`rope_theta`, wherever it is. Scaled and partial rotary embeddings are refused."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the order of transformers 5
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if kind != "default" or partial not in (None, 1):
+        what = f"rope scaling {kind!r}" if kind != "default" else f"partial_rotary_factor {partial!r}"
+        raise ConfigError(f"{where}: {what} is not supported; only the plain rotary embedding is")
+    return rope.get("rope_theta", config.get("rope_theta", 10000.0))

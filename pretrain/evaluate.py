@@ -1,0 +1,92 @@
+"""Held-out loss: a fixed set of sequences per source, packed as training packs them, the same for every layout.
+
+The held-out documents are read once, when the run starts; evaluation does not touch the training stream's state.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from data_scheduler.batch import RejectedRecord, Segments
+from data_scheduler.config import DataConfig, SourceConfig
+from data_scheduler.encoder import Encoder
+from data_scheduler.lane import DocumentStream, Position, SourceReader, UnitCache
+from data_scheduler.manifest import Manifest
+from data_scheduler.order import Int64
+from data_scheduler.packing import PACKERS
+from pretrain.loss import FIXED_POINT
+from pretrain.microbatch import MicroBatch, split_batch
+from pretrain.step import TrainState, evaluate_step
+
+
+class HeldOut:
+    """This rank's share of the held-out sequences, ready for the model."""
+
+    def __init__(
+        self, config: DataConfig, encoder: Encoder, count: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    ) -> None:
+        """Read up to `count` sequences of every source that has `val_paths`. Raises ConfigError or DataError."""
+        self.names = [source.name for source in config.sources]
+        self.rejects: list[RejectedRecord] = []
+        """Held-out records that cannot be used."""
+        found = [
+            (number, *sequence)
+            for number, source in enumerate(config.sources)
+            if source.val_paths and count
+            for sequence in _first_sequences(source, config, encoder, count, self.rejects)
+        ]
+        self.microbatches: list[MicroBatch] = []
+        if not found:
+            return
+        # Every rank runs the same number of micro-batches, or pipelines would wait for ever; the last are padded with
+        # copies whose tokens do not count.
+        group = dp_size * micro_batch_size
+        padded = found + [found[0]] * (-len(found) % group)
+        own = range(dp_rank, len(padded), dp_size)
+        self.microbatches = split_batch(
+            np.stack([padded[index][1] for index in own]),
+            [padded[index][2].starts for index in own],
+            np.array([padded[index][0] for index in own], dtype=np.int64),
+            micro_batch_size,
+        )
+        for at, index in enumerate(own):
+            if index >= len(found):
+                self._mute(at, micro_batch_size)
+
+    def losses(self, state: TrainState) -> dict[str, float]:
+        """Mean loss per held-out token of each source, in nats; the same on every rank."""
+        if not self.microbatches:
+            return {}
+        sums, tokens = evaluate_step(state, self.microbatches)
+        return {
+            name: int(sums[number]) / FIXED_POINT / int(tokens[number])
+            for number, name in enumerate(self.names)
+            if tokens[number]
+        }
+
+    def _mute(self, row: int, micro_batch_size: int) -> None:
+        index, place = divmod(row, micro_batch_size)
+        microbatch = self.microbatches[index]
+        mask = microbatch.loss_mask.clone().view(micro_batch_size, -1)
+        mask[place] = False
+        self.microbatches[index] = replace(microbatch, loss_mask=torch.reshape(mask, microbatch.loss_mask.shape))
+
+
+def _first_sequences(
+    source: SourceConfig, config: DataConfig, encoder: Encoder, count: int, rejects: list[RejectedRecord]
+) -> list[tuple[Int64, Segments]]:
+    """The first `count` sequences of one pass over the source's held-out files; fewer when they hold less."""
+    held_out = source.model_copy(update={"paths": source.val_paths, "val_paths": []})
+    single_lane = config.model_copy(update={"lanes": 1})
+    reader = SourceReader(held_out, Manifest.take(held_out), single_lane, encoder, UnitCache())
+    stream, packer = DocumentStream(reader, 0, Position()), PACKERS[config.packing]()
+    sequences: list[tuple[Int64, Segments]] = []
+    while len(sequences) < count:
+        row = np.empty(config.seq_len + 1, dtype=np.int64)
+        segments = packer.pack(stream, row)
+        if stream.position.epoch > 0 and sequences:
+            break
+        sequences.append((row, segments))
+    rejects += reader.rejects
+    return sequences

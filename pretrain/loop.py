@@ -1,0 +1,326 @@
+"""A run from start, or from its newest checkpoint, to end: data, steps, evaluation, checkpoints, metrics.
+
+The run folder holds all there is:
+
+    config.yaml  journal.jsonl  metrics.jsonl  rejects.jsonl  checkpoints/  data_state/  log/
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import orjson
+import torch
+
+from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
+from data_scheduler.batch import Batch, RejectedRecord
+from data_scheduler.state import Snapshots
+from headrace.errors import ConfigError, ExitCode
+from parallel import accelerator, exchange, process_groups
+from parallel.layout import Layout, validate
+from pretrain import checkpoint
+from pretrain.config import RunConfig, dump_config
+from pretrain.evaluate import HeldOut
+from pretrain.learning_rate import learning_rate
+from pretrain.loss import FIXED_POINT
+from pretrain.metrics import Record, Sink, open_sinks
+from pretrain.microbatch import split_batch
+from pretrain.models.sizes import layout_shape
+from pretrain.progress import Progress
+from pretrain.step import StepResult, TrainState, build_state, train_step
+
+VOCAB_MULTIPLE = 128
+"""Embedding rows are padded to a multiple of this: whole tensor-core tiles, and divisible by tensor-parallel sizes."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def train(config: RunConfig) -> ExitCode:
+    """Train until `train.steps`, or until a signal asks to save and leave; every process of the run calls this.
+
+    Returns DONE, or RECOVERABLE when a signal ended the run before its last step (start it again and it goes on).
+    Raises HeadraceError for anything a person has to mend.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    layout = layout_of(config, process_groups.environment_world_size())
+    ranks = process_groups.initialize(layout, config.train.seed)
+    try:
+        code = Run(config, layout, ranks).go()
+    except RuntimeError as error:
+        if not process_groups.is_lost_peer(error):
+            raise
+        sys.stderr.write(f"headrace: rank {ranks.rank}: another process is gone: {str(error).splitlines()[0]}\n")
+        return ExitCode.RECOVERABLE
+    # Only here: a rank that leaves with an error must not wait for the others; the launcher ends them.
+    process_groups.shutdown()
+    return code
+
+
+def layout_of(config: RunConfig, world_size: int) -> Layout:
+    """The configured layout on `world_size` processes; raises LayoutError when it does not fit the run."""
+    parallel = config.parallel
+    layout = Layout(
+        world_size=world_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_parallel_size=parallel.virtual_pipeline_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_optimizer=parallel.distributed_optimizer,
+    )
+    # A vocabulary that is not configured is padded to fit any layout.
+    validate(layout, layout_shape(config, padded_vocab_size(config, 1)))
+    return layout
+
+
+def padded_vocab_size(config: RunConfig, tokens: int) -> int:
+    """Embedding rows: the configured number, or the tokenizer's rounded up to VOCAB_MULTIPLE · tensor parallel size."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    multiple = VOCAB_MULTIPLE * config.parallel.tensor_parallel_size
+    return -(-tokens // multiple) * multiple
+
+
+class Run:
+    """One process's part of a run."""
+
+    def __init__(self, config: RunConfig, layout: Layout, ranks: process_groups.Ranks) -> None:
+        self.config, self.layout, self.ranks = config, layout, ranks
+        self.run_dir = Path(config.run.dir)
+        self.checkpoints = checkpoint.Checkpoints(self.run_dir)
+        exchange.only_first_rank(self._open_folder, ranks.rank)
+        self.scheduler = exchange.first_rank_first(self._open_scheduler, ranks.rank)
+        tokens = self.scheduler.encoder.vocab_size
+        vocab_size = padded_vocab_size(config, tokens)
+        check_vocabulary(vocab_size, tokens)
+        self.held_out = exchange.agree(
+            lambda: HeldOut(
+                config.data,
+                self.scheduler.encoder,
+                config.train.eval_sequences,
+                config.train.micro_batch_size,
+                ranks.dp_rank,
+                ranks.dp_size,
+            )
+        )
+        for reject in self.held_out.rejects:
+            self._say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")
+        self.state: TrainState = build_state(config, layout, ranks, vocab_size)
+        self.done = checkpoint.Progress(0, 0)
+        self._seen_rejects: set[tuple[str, str, str]] = set()
+        self._stop_asked = False
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def go(self) -> ExitCode:
+        """Resume if there is something to resume, then step until the end."""
+        resumed = self._resume()
+        steps, first = self.config.train.steps, self.done.step
+        if first >= steps:
+            self._say(f"{self.run_dir} is at step {first}; train.steps={steps} is done. Raise it to go on.")
+            return ExitCode.DONE
+        exchange.only_first_rank(self._write_config, self.ranks.rank)
+        sinks = self._open_sinks()
+        code = ExitCode.DONE
+        with _stopping_on_signals(self._ask_to_stop), Progress(steps, first, self._shows_progress()) as progress:
+            if not resumed:
+                self._evaluate(sinks, progress)
+            while self.done.step < steps:
+                self._step(sinks, progress)
+                at, every = self.done.step, self.config.checkpoint.every
+                if self._due(self.config.train.eval_every) or at == steps:
+                    self._evaluate(sinks, progress)
+                stop = bool(exchange.largest([float(self._stop_asked)])[0])
+                if (every and at % every == 0) or at == steps or stop:
+                    self._save(progress)
+                if stop and at < steps:
+                    self._tell(progress, f"asked to stop: saved at step {at}; the same command goes on from there")
+                    code = ExitCode.RECOVERABLE
+                    break
+        self.scheduler.close()
+        if code == ExitCode.DONE:
+            self.scheduler.journal.append("run_finished", self.done.step, {"tokens": self.done.tokens}, "system")
+        for sink in sinks:
+            sink.close()
+        return code
+
+    def _step(self, sinks: list[Sink], progress: Progress) -> None:
+        """One step, and its record."""
+        began = time.perf_counter()
+        batch = next(self.scheduler)
+        microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, self.config.train.micro_batch_size)
+        lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps)
+        result = train_step(self.state, microbatches, lr)
+        losses, tokens = self._by_source(result)
+        self.scheduler.feedback(batch.step, losses, tokens)
+        self.done = checkpoint.Progress(batch.step + 1, self.done.tokens + sum(tokens.values()))
+        sha256 = self._global_hash(batch)
+        took = time.perf_counter() - began
+        wait, rejects, memory = exchange.largest(
+            [batch.wait_s, float(len(batch.rejects)), float(accelerator.max_memory_allocated())]
+        )
+        if rejects:
+            self._record_rejects(batch)
+        record: Record = {
+            "step": batch.step,
+            "tokens": self.done.tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens_per_s": sum(tokens.values()) / took,
+            "step_s": took,
+            "data_wait_s": wait,
+            "peak_memory_bytes": int(memory),
+            "batch_sha256": sha256,
+            "source_loss": losses,
+            "source_tokens": tokens,
+        }
+        for sink in sinks:
+            sink.write(record)
+        if self.ranks.rank == 0:
+            progress.update(record)
+        if result.skipped:
+            self._tell(progress, f"step {batch.step}: gradient not finite (loss {result.loss}); update skipped")
+
+    def _by_source(self, result: StepResult) -> tuple[dict[str, float], dict[str, int]]:
+        """(mean loss, tokens) of each source that had tokens in the step."""
+        tokens = {
+            name: int(count) for name, count in zip(self.scheduler.names, result.source_tokens, strict=True) if count
+        }
+        sums = dict(zip(self.scheduler.names, result.source_loss_sums.tolist(), strict=True))
+        return {name: sums[name] / FIXED_POINT / count for name, count in tokens.items()}, tokens
+
+    def _global_hash(self, batch: Batch) -> str:
+        """SHA-256 of the step's global batch; the same for every layout."""
+        parts = exchange.gather_bytes_over_data_parallel(b"".join(batch.digests))
+        ranks = [[part[at : at + 32] for at in range(0, len(part), 32)] for part in parts]
+        # Slot i belongs to rank i mod dp_size, counted from where the sequence count stands: a multiple of dp_size.
+        return batch_sha256([digest for row in zip(*ranks, strict=True) for digest in row])
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.done.step % every == 0
+
+    def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
+        losses = self.held_out.losses(self.state)
+        if losses:
+            record: Record = {"step": self.done.step, "val_loss": losses}
+            for sink in sinks:
+                sink.write(record)
+            if self.ranks.rank == 0:
+                progress.evaluated(record)
+
+    # -- saving and resuming -------------------------------------------------------------------------------------
+
+    def _save(self, progress: Progress) -> None:
+        data_state = self._whole_data_state()
+        path = self.checkpoints.save(self.state, data_state, self.done, self.config.checkpoint.keep_last)
+        event = {"path": str(path.relative_to(self.run_dir)), "tokens": self.done.tokens}
+        self.scheduler.journal.append("checkpoint", self.done.step, event, "system")
+        self._tell(progress, f"checkpoint at step {self.done.step}: {path}")
+
+    def _whole_data_state(self) -> dict[str, Any]:
+        """The scheduler's state with every rank's lanes."""
+        own = self.scheduler.state_dict()
+        states = [
+            {**own, "positions": positions, "lanes_mod": [rank, self.ranks.dp_size]}
+            for rank, positions in enumerate(exchange.gather_arrays(own["positions"]))
+        ]
+        return merge_states(list(states))
+
+    def _resume(self) -> bool:
+        """Load the newest checkpoint, if there is one."""
+        latest = exchange.first_rank_first(self.checkpoints.latest, self.ranks.rank)
+        if latest is None:
+            exchange.only_first_rank(lambda: Snapshots(self.run_dir).drop_after(0), self.ranks.rank)
+            return False
+        self.done, data_state = exchange.agree(lambda: checkpoint.load(latest, self.state))
+        exchange.only_first_rank(lambda: Snapshots(self.run_dir).drop_after(self.done.step), self.ranks.rank)
+        if data_state is None:  # weights from elsewhere: the run itself has not begun
+            self._say(f"starting {self.run_dir} from the weights of {latest}")
+            return False
+        self.scheduler.load_state_dict(data_state)
+        self._say(f"resuming {self.run_dir} at step {self.done.step} from {latest}")
+        return True
+
+    # -- the run folder ------------------------------------------------------------------------------------------
+
+    def _open_folder(self) -> None:
+        (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
+
+    def _write_config(self) -> None:
+        """Only once the configuration has been accepted: a refused one must not replace that of the run."""
+        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+
+    def _open_scheduler(self) -> Scheduler:
+        journal = Journal(self.run_dir / "journal.jsonl", writable=self.ranks.rank == 0)
+        return Scheduler(self.config.data, dp_rank=self.ranks.dp_rank, dp_size=self.ranks.dp_size, journal=journal)
+
+    def _open_sinks(self) -> list[Sink]:
+        if self.ranks.rank:
+            return []
+        return open_sinks(self.config.metrics, self.run_dir, self.config.run.name, self.done.step)
+
+    def _record_rejects(self, batch: Batch) -> None:
+        """Write newly met rejects of all ranks to `rejects.jsonl` and count them in the journal."""
+        every = [RejectedRecord(*reject) for found in process_groups.gather_objects(batch.rejects) for reject in found]
+        if self.ranks.rank:
+            return
+        path = self.run_dir / "rejects.jsonl"
+        if not self._seen_rejects and path.exists():
+            lines = [orjson.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
+            self._seen_rejects = {(line["source"], line["file"], line["record"]) for line in lines}
+        new = [reject for reject in dict.fromkeys(every) if tuple(reject[:3]) not in self._seen_rejects]
+        self._seen_rejects |= {(reject.source, reject.file, reject.record) for reject in new}
+        if not new:
+            return
+        with open(path, "ab") as file:
+            file.write(b"".join(orjson.dumps(reject._asdict()) + b"\n" for reject in new))
+        counts: dict[str, int] = {}
+        for reject in new:
+            counts[reject.source] = counts.get(reject.source, 0) + 1
+        self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
+
+    def _shows_progress(self) -> bool:
+        return self.config.metrics.progress and self.ranks.rank == 0
+
+    def _ask_to_stop(self) -> None:
+        self._stop_asked = True
+
+    def _tell(self, progress: Progress, text: str) -> None:
+        if self.ranks.rank == 0:
+            progress.note(text)
+
+    def _say(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            sys.stderr.write(text + "\n")
+
+
+def check_vocabulary(vocab_size: int, tokens: int) -> None:
+    """Raise ConfigError when the tokenizer makes ids the embedding has no row for."""
+    if vocab_size < tokens:
+        raise ConfigError(f"model.vocab_size is {vocab_size} but the tokenizer has {tokens} tokens")
+
+
+class _stopping_on_signals:
+    """While open, the first SIGTERM, SIGUSR1 or SIGINT asks to stop after the step; a second one ends at once."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        self._ask = ask
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        def handle(number: int, _: FrameType | None) -> None:
+            self._ask()
+            if number != signal.SIGUSR1:
+                signal.signal(number, self._old[signal.Signals(number)])
+
+        for number in STOP_SIGNALS:
+            self._old[number] = signal.signal(number, handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)

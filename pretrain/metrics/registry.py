@@ -1,0 +1,71 @@
+"""The one list of metrics: every name that may stand in a record, what it means, and what it is called elsewhere.
+
+Two kinds of record exist, told apart by `val_loss`:
+
+    {"step": 7, "tokens": 32768, "loss": 5.31, ..., "source_loss": {"code": 4.9, "prose": 5.6}}     training
+    {"step": 8, "val_loss": {"code": 4.8, "prose": 5.5}}                                            evaluation
+
+A training record's `step` counts from 0 and names the optimizer step it describes; its loss was computed before that
+step's update. An evaluation's `step` is the number of optimizer steps done. So both at the same `step` saw the same
+weights, and both can share one axis.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+Record = dict[str, Any]
+Kind = Literal["counter", "gauge", "sum", "text"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of the list."""
+
+    name: str
+    """Key in a record."""
+    kind: Kind
+    """`counter`: only grows over a run. `gauge`: a value of this moment. `sum`: an amount of this step; Prometheus gets
+    the total since the process started. `text`: not a number, `metrics.jsonl` only."""
+    unit: str
+    meaning: str
+    exported: str = ""
+    """Name in Prometheus, without the `_total` that counters get; empty: not exported."""
+    per_source: bool = False
+    """The value is a mapping from source name to number."""
+
+
+METRICS: Final = (
+    Metric("step", "gauge", "steps", "optimizer step, from 0", "headrace_step"),
+    Metric("tokens", "counter", "tokens", "target tokens trained on so far, this step's included", "headrace_tokens"),
+    Metric("loss", "gauge", "nats/token", "mean loss over the step's target tokens", "headrace_loss"),
+    Metric("grad_norm", "gauge", "1", "global gradient norm before clipping", "headrace_grad_norm"),
+    Metric("lr", "gauge", "1", "learning rate of the step's update", "headrace_learning_rate"),
+    Metric("tokens_per_s", "gauge", "tokens/s", "global throughput of the step", "headrace_tokens_per_second"),
+    Metric("step_s", "gauge", "s", "time of the whole step, waiting for data included", "headrace_step_seconds"),
+    Metric("data_wait_s", "gauge", "s", "time the step waited for its batch", "headrace_data_wait_seconds"),
+    Metric("peak_memory_bytes", "gauge", "bytes", "largest device memory of a rank", "headrace_peak_memory_bytes"),
+    Metric("batch_sha256", "text", "", "SHA-256 of the step's global batch, the same for every layout"),
+    Metric("source_loss", "gauge", "nats/token", "mean loss of each source", "headrace_source_loss", True),
+    Metric("source_tokens", "sum", "tokens", "the step's target tokens by source", "headrace_source_tokens", True),
+    Metric("val_loss", "gauge", "nats/token", "mean loss on each source's held-out text", "headrace_val_loss", True),
+)
+
+
+def is_evaluation(record: Record) -> bool:
+    """Whether `record` is an evaluation's; every other record is a training step's."""
+    return "val_loss" in record
+
+
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """`record`'s numbers under tracker names: `train/loss`, `train/source_loss/code`, `val/loss/code`.
+
+    Names that are not in the list (a policy's or an experiment's own) are passed on too; text is left out.
+    """
+    for name, value in record.items():
+        if name == "step":
+            continue
+        tag = "val/loss" if name == "val_loss" else f"train/{name}"
+        for suffix, number in value.items() if isinstance(value, dict) else (("", value),):
+            if not isinstance(number, str | bytes | list | type(None)):
+                yield (f"{tag}/{suffix}" if suffix else tag), float(number)

@@ -1,0 +1,86 @@
+"""Micro-batches: a rank's share of the global batch, cut into pieces that one forward pass takes.
+
+Two sequences of 4 tokens (so 5 in the batch), documents starting at 0 and 3 in the first:
+
+    tokens        a a a | b b      c c c c c
+    input_ids     a a a   b        c c c c          one row, int64[1, 8]
+    labels        a a b   b        c c c c          the next token
+    loss_mask     1 1 0   1        1 1 1 1          no document predicts the next one's first token
+    position_ids  0 1 2   0        0 1 2 3
+    cu_seqlens    0       3        4       8
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`m` sequences of `S` tokens in one row, on the CPU."""
+
+    input_ids: torch.Tensor
+    """int64[1, m·S]"""
+    labels: torch.Tensor
+    """int64[1, m·S]: the token that follows each input."""
+    loss_mask: torch.Tensor
+    """bool[1, m·S]: False where the label belongs to another document than the input."""
+    position_ids: torch.Tensor
+    """int64[1, m·S]: from 0 in every document."""
+    cu_seqlens: torch.Tensor
+    """int32[documents + 1]: where documents start in the row, and its end."""
+    max_seqlen: int
+    """Tokens of the longest document."""
+    source_ids: torch.Tensor
+    """int64[m]: each sequence's source."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of each sequence."""
+        return self.input_ids.size(1) // self.source_ids.size(0)
+
+
+def split_batch(tokens: Int64, starts: Sequence[Int32], source_ids: Int64, micro_batch_size: int) -> list[MicroBatch]:
+    """A rank's batch as micro-batches of `micro_batch_size` sequences, in order.
+
+    `tokens` int64[b, S+1]; `starts[i]` int32, ascending, where documents start among sequence i's S+1 tokens, the first
+    being 0; `source_ids` int64[b]. `b` must be a multiple of `micro_batch_size`.
+    """
+    size, length = tokens.shape
+    assert size == len(starts) == len(source_ids), f"{size} sequences, {len(starts)} starts, {len(source_ids)} sources"
+    assert size % micro_batch_size == 0, f"{size} sequences do not make micro-batches of {micro_batch_size}"
+    return [
+        _micro_batch(tokens[at : at + micro_batch_size], starts[at : at + micro_batch_size], source_ids, at, length - 1)
+        for at in range(0, size, micro_batch_size)
+    ]
+
+
+def _micro_batch(tokens: Int64, starts: Sequence[Int32], source_ids: Int64, first: int, seq_len: int) -> MicroBatch:
+    rows = len(tokens)
+    loss_mask = np.ones((rows, seq_len), dtype=np.bool_)
+    bounds = []
+    for row, row_starts in enumerate(starts):
+        assert len(row_starts), f"sequence {row} has no document"
+        assert row_starts[0] == 0, f"sequence {row} starts inside a document: {row_starts[0]}"
+        inner = np.asarray(row_starts[1:], dtype=np.int64)
+        loss_mask[row, inner - 1] = False  # the label of the token before a start is that start
+        # A document that starts at the very last token is only ever a label.
+        bounds.append(row * seq_len + np.concatenate(([0], inner[inner < seq_len])))
+    cu_seqlens = np.concatenate((*bounds, [rows * seq_len]))
+    lengths = np.diff(cu_seqlens)
+    positions = np.arange(rows * seq_len) - np.repeat(cu_seqlens[:-1], lengths)
+    return MicroBatch(
+        input_ids=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1], dtype=np.int64).reshape(1, -1)),
+        labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:], dtype=np.int64).reshape(1, -1)),
+        loss_mask=torch.from_numpy(loss_mask.reshape(1, -1)),
+        position_ids=torch.from_numpy(positions.astype(np.int64).reshape(1, -1)),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        source_ids=torch.from_numpy(np.array(source_ids[first : first + rows], dtype=np.int64)),
+    )

@@ -1,0 +1,143 @@
+"""Builds the model chunks of this process: a `ModelConfig` and a `Layout` in, megatron-core `GPTModel`s out."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from headrace.errors import ConfigError
+from parallel import accelerator
+from parallel.engine import GPTModel, TransformerConfig, parallel_state
+from parallel.kernels import swiglu
+from parallel.layout import Layout
+from parallel.spec import block_spec
+from pretrain.config import KernelsConfig, ModelConfig
+from pretrain.loss import vocab_parallel_cross_entropy
+from pretrain.models.initialize import initialize_weights
+from pretrain.models.sizes import FAMILIES, has_qk_norm, query_groups
+
+Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose `forward(..., labels=...)` gives two losses for every token, (reported, minimised).
+
+    Both float32[1, tokens]; they differ by the z-loss terms (see `pretrain.loss`).
+    """
+
+    z_loss: float
+    max_z_loss: float
+
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`labels` int64[1, tokens], `logits` [tokens, 1, vocab / tp]."""
+        reported, minimised = vocab_parallel_cross_entropy(
+            logits.squeeze(1), labels.squeeze(0), self.pg_collection.tp, self.z_loss, self.max_z_loss
+        )
+        return reported.unsqueeze(0), minimised.unsqueeze(0)
+
+
+def transformer_config(
+    config: ModelConfig,
+    layout: Layout,
+    precision: Precision = "fp32",
+    recompute: Recompute = "none",
+    kernels: KernelsConfig | None = None,
+) -> Any:
+    """megatron-core's `TransformerConfig` for `config` under `layout`; raises ConfigError for kernels not to be had."""
+    family, dtype = FAMILIES[config.family], DTYPES[precision]
+    virtual = layout.virtual_pipeline_parallel_size
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=query_groups(config),
+        ffn_hidden_size=config.ffn_hidden_size,
+        normalization=family.normalization,
+        layernorm_epsilon=config.norm_eps,
+        qk_layernorm=has_qk_norm(config),
+        add_bias_linear=family.biases,
+        gated_linear_unit=family.gated,
+        activation_func=F.silu if family.gated else F.gelu,
+        # Has nothing to do with TransformerEngine here, see block_spec.
+        use_te_activation_func=_swiglu_is_fused(config, kernels or KernelsConfig()),
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_dropout_fusion=False,
+        # Weights come from initialize_weights; megatron's own initialization must still run, since it marks which
+        # weights are split over tensor-parallel ranks (the gradient norm else counts those of the first rank only).
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        tensor_model_parallel_size=layout.tensor_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=layout.context_parallel_size,
+        calculate_per_token_loss=True,
+        # megatron's batched p2p gives wrong losses (off by 8e-2, no error) with two interleaved stages; one by one is
+        # right. Outputs must not be freed on gloo, which may still be sending them.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        deallocate_pipeline_outputs=accelerator.backend() == "nccl",
+        **RECOMPUTE[recompute],
+    )
+
+
+def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig) -> bool:
+    if not FAMILIES[config.family].gated:
+        if kernels.swiglu == "fused":
+            raise ConfigError(f"kernels.swiglu: fused, but {config.family} has no SwiGLU; leave the key out")
+        return False
+    return swiglu.choose(kernels.swiglu, accelerator.device().type)[0] == "fused"
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def build_model(
+    config: ModelConfig,
+    layout: Layout,
+    seq_len: int,
+    vocab_size: int,
+    precision: Precision = "fp32",
+    recompute: Recompute = "none",
+    seed: int = 1234,
+    kernels: KernelsConfig | None = None,
+) -> list[LanguageModel]:
+    """This process's model chunks (one, or `virtual_pipeline_parallel_size`), initialised, on the device.
+
+    `vocab_size` is padded already and divisible by the tensor-parallel size; process groups must be initialised. The
+    weights depend on `seed` and their place in the model only, not on the layout.
+    """
+    megatron = transformer_config(config, layout, precision, recompute, kernels)
+    chunks = []
+    for stage in range(layout.model_chunks):
+        vp_stage = stage if layout.virtual_pipeline_parallel_size else None
+        chunk = LanguageModel(
+            config=megatron,
+            transformer_layer_spec=block_spec(megatron, vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=seq_len,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=config.tie_embeddings,
+            position_embedding_type="none",  # our core attention rotates queries and keys itself
+            vp_stage=vp_stage,
+        )
+        chunk.z_loss, chunk.max_z_loss = config.z_loss, config.max_z_loss
+        chunks.append(chunk.to(accelerator.device()))
+    initialize_weights(chunks, config, seed)
+    return chunks

@@ -1,0 +1,193 @@
+"""Training steps: every layout gives the single process's loss curve and gradient norms."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from process_group import run_ranks
+from tiny_run import VOCAB, tiny_batch, tiny_config, tiny_state, tiny_steps
+
+from parallel import process_groups
+from parallel.layout import Layout
+from pretrain.config import RunConfig
+from pretrain.loss import FIXED_POINT
+from pretrain.step import StepResult, evaluate_step, place, train_step
+
+LAYOUTS = {
+    "dp2": Layout(2),
+    "dp2 distributed optimizer": Layout(2, distributed_optimizer=True),
+    "tp2": Layout(2, tensor_parallel_size=2),
+    "tp2+sp": Layout(2, tensor_parallel_size=2, sequence_parallel=True),
+    "pp2": Layout(2, pipeline_parallel_size=2),
+    "pp2 interleaved": Layout(2, pipeline_parallel_size=2, virtual_pipeline_parallel_size=2),
+    "cp2": Layout(2, context_parallel_size=2),
+    "tp2 pp2": Layout(4, tensor_parallel_size=2, pipeline_parallel_size=2),
+    "dp2 tp2+sp distributed optimizer": Layout(
+        4, tensor_parallel_size=2, sequence_parallel=True, distributed_optimizer=True
+    ),
+    "pp2 cp2": Layout(4, pipeline_parallel_size=2, context_parallel_size=2),
+}
+
+
+@functools.cache
+def single_process(text: str) -> list[StepResult]:
+    return tiny_steps(RunConfig.model_validate_json(text), Layout(1))
+
+
+def assert_same_curve(results: list[StepResult], config: RunConfig, tolerance: float = 1e-5) -> None:
+    for result, reference in zip(results, single_process(config.model_dump_json()), strict=True):
+        assert result.loss == pytest.approx(reference.loss, rel=tolerance)
+        assert result.grad_norm == pytest.approx(reference.grad_norm, rel=tolerance)
+        assert result.source_tokens.tolist() == reference.source_tokens.tolist()
+        assert not result.skipped
+
+
+def assert_every_rank_agrees(results: list[list[StepResult]]) -> None:
+    for other in results[1:]:
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert mine.loss == theirs.loss
+            assert mine.grad_norm == theirs.grad_norm
+            assert mine.source_loss_sums.tolist() == theirs.source_loss_sums.tolist()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("family", ["wonton", "llama"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_has_the_single_process_curve(name: str, family: str) -> None:
+    layout = LAYOUTS[name]
+    config = tiny_config(family, micro_batch_size=1)
+    results = run_ranks(layout.world_size, tiny_steps, config, layout)
+    assert_every_rank_agrees(results)
+    assert_same_curve(results[0], config)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["dp2 distributed optimizer", "tp2+sp", "pp2", "pp2 interleaved", "tp2 pp2"])
+def test_tied_embeddings_with_z_losses_have_the_single_process_curve(name: str) -> None:
+    layout = LAYOUTS[name]
+    config = tiny_config("qwen3", micro_batch_size=1, tie_embeddings=True, z_loss=1e-2, max_z_loss=1e-2)
+    assert_same_curve(run_ranks(layout.world_size, tiny_steps, config, layout)[0], config)
+
+
+@pytest.mark.multiprocess
+def test_bf16_under_two_layouts_stays_near_fp32() -> None:
+    config = tiny_config("llama", micro_batch_size=1, precision="bf16")
+    reference = single_process(tiny_config("llama", micro_batch_size=1).model_dump_json())
+    single = tiny_steps(config, Layout(1))
+    sharded = run_ranks(2, tiny_steps, config, LAYOUTS["dp2 distributed optimizer"])[0]
+    for fp32, bf16, bf16_sharded in zip(reference, single, sharded, strict=True):
+        assert bf16.loss == pytest.approx(fp32.loss, rel=5e-3)
+        assert bf16.loss != fp32.loss
+        assert bf16_sharded.loss == pytest.approx(bf16.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["wonton", "llama"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(family: str, recompute: str) -> None:
+    for mine, reference in zip(
+        tiny_steps(tiny_config(family, recompute=recompute), Layout(1)),
+        single_process(tiny_config(family).model_dump_json()),
+        strict=True,
+    ):
+        assert mine.loss == reference.loss
+        assert mine.grad_norm == reference.grad_norm
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+def test_micro_batch_size_changes_rounding_only(micro_batch_size: int) -> None:
+    config = tiny_config("llama")
+    other = tiny_config("llama", micro_batch_size=micro_batch_size)
+    assert_same_curve(tiny_steps(other, Layout(1)), config)
+
+
+def test_a_repeated_run_is_bit_identical() -> None:
+    first, again = (tiny_steps(tiny_config("wonton"), Layout(1)) for _ in range(2))
+    assert [result.source_loss_sums.tolist() for result in first] == [r.source_loss_sums.tolist() for r in again]
+    assert [result.grad_norm for result in first] == [result.grad_norm for result in again]
+
+
+def test_the_gradient_is_of_the_mean_over_all_tokens_that_count() -> None:
+    state = tiny_state(tiny_config("llama"), Layout(1))
+    batch = tiny_batch(0)
+    counts = {int(microbatch.loss_mask.sum()) for microbatch in batch}
+    assert len(counts) > 1  # with equal counts a mean of means would be the same
+    total = torch.zeros(())
+    for placed in (place(microbatch, state) for microbatch in batch):
+        _, minimised = state.chunks[0](
+            placed.input_ids, placed.position_ids, None, labels=placed.labels, packed_seq_params=placed.documents
+        )
+        total = total + minimised[placed.loss_mask].sum()
+    mean = total / sum(int(microbatch.loss_mask.sum()) for microbatch in batch)
+    gradients = torch.autograd.grad(mean, list(state.chunks[0].parameters()))
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    result = train_step(state, batch, 1e-3)
+    assert result.loss == pytest.approx(float(mean.detach()), rel=1e-6)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    process_groups.shutdown()
+
+
+def test_reported_losses_are_the_sources_own() -> None:
+    config = tiny_config("llama")
+    state = tiny_state(config, Layout(1))
+    batch = tiny_batch(0)
+    sums, tokens = evaluate_step(state, batch)
+    for source in range(2):
+        alone = [microbatch for microbatch in tiny_batch(0, micro_batch_size=1) if microbatch.source_ids[0] == source]
+        source_sums, source_tokens = evaluate_step(state, alone)
+        assert source_tokens[source] == tokens[source] == sum(int(each.loss_mask.sum()) for each in alone)
+        assert source_sums[source] == pytest.approx(sums[source], rel=1e-6)
+    result = train_step(state, batch, 1e-2)
+    assert result.source_loss_sums.tolist() == sums.tolist()
+    assert result.loss == sums.sum() / tokens.sum() / FIXED_POINT
+    process_groups.shutdown()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["dp2", "tp2+sp", "pp2", "pp2 interleaved", "cp2"])
+def test_evaluation_changes_nothing_and_agrees_with_one_process(name: str) -> None:
+    layout, config = LAYOUTS[name], tiny_config("llama", micro_batch_size=1)
+
+    def evaluate(layout: Layout) -> tuple[list[int], list[int], float]:
+        state = tiny_state(config, layout)
+        batch = tiny_batch(0, state.ranks.dp_rank, state.ranks.dp_size, 1)
+        sums, tokens = evaluate_step(state, batch)
+        loss = train_step(state, batch, 1e-2).loss
+        if layout.world_size == 1:
+            process_groups.shutdown()
+        return sums.tolist(), tokens.tolist(), loss
+
+    sums, tokens, loss = evaluate(Layout(1))
+    for other_sums, other_tokens, other_loss in run_ranks(layout.world_size, evaluate, layout):
+        assert other_tokens == tokens
+        assert other_sums == pytest.approx(sums, rel=1e-6)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
+    state = tiny_state(tiny_config("llama"), Layout(1))
+    train_step(state, tiny_batch(0), 1e-2)
+    norm = state.chunks[0].decoder.final_layernorm.weight
+    with torch.no_grad():
+        norm[0] = float("inf")
+    before = {name: value.clone() for name, value in state.chunks[0].named_parameters()}
+    result = train_step(state, tiny_batch(1), 1e-2)
+    assert result.skipped
+    assert math.isnan(result.loss)
+    assert not math.isfinite(result.grad_norm)
+    assert all(torch.equal(before[name], value) for name, value in state.chunks[0].named_parameters())
+    with torch.no_grad():
+        norm[0] = 1.0
+    after = train_step(state, tiny_batch(1), 1e-2)
+    assert not after.skipped
+    assert math.isfinite(after.loss)
+    process_groups.shutdown()
+
+
+def test_losses_fall_on_a_repeated_batch() -> None:
+    state = tiny_state(tiny_config("wonton"), Layout(1))
+    losses = [train_step(state, tiny_batch(0), 1e-2).loss for _ in range(30)]
+    assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.02)
+    assert losses[-1] < 0.5 * losses[0]
+    process_groups.shutdown()
