@@ -1,0 +1,139 @@
+"""Writes the reference pages that are made from the code: `python docs/generate.py`.
+
+    docs/configuration.md   from the pydantic models of `pretrain.config`
+    docs/metrics.md         from the list in `pretrain.metrics.registry`
+
+`tests/docs/test_docs.py` fails when a page is not what this script would write.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import RunConfig
+from pretrain.metrics.registry import METRICS
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Written by docs/generate.py; change the code it reads, then run it. -->"
+Schema = dict[str, Any]
+
+CONFIGURATION = f"""{NOTE}
+# Configuration
+
+A run is one YAML file with the sections below. Any key can be changed on the command line; list items are addressed by
+number or, for sources, by name:
+
+```bash
+headrace train recipes/quickstart.yaml run.dir=runs/other train.steps=50 data.sources.code.weight=0.5
+headrace config show recipes/quickstart.yaml train.steps=50   # the whole configuration, defaults filled in
+headrace config schema                                        # JSON schema; editors complete and check YAML with it
+```
+
+An unknown key, a wrong type or an impossible value is refused in one line that names the key, and the nearest valid key
+where there is one. Keys without a default must be given. `[n]` stands for an item of a list.
+"""
+
+METRIC_PAGE = f"""{NOTE}
+# Metrics
+
+`<run>/metrics.jsonl` has one JSON object a line. There are two kinds of record: an evaluation has `val_loss`, every
+other record is a training step.
+
+- A training record's `step` counts from 0 and names the optimizer step it describes. Its loss was computed before that
+  step's update.
+- An evaluation's `step` is the number of optimizer steps done. So both kinds at the same `step` saw the same weights.
+- Floats are written so that they read back to the same bits; NaN and infinities are the strings `"NaN"`, `"Infinity"`
+  and `"-Infinity"`. `pretrain.metrics.read_records` turns them back.
+- A resumed run does the steps after its checkpoint again. The records they replace move to
+  `metrics.superseded.jsonl`, so that `metrics.jsonl` has each step once.
+
+In wandb and TensorBoard, training values are called `train/<name>` (per source `train/<name>/<source>`) and held-out
+losses `val/loss/<source>`. In Prometheus every value has the label `run`, values per source also `source`.
+"""
+
+
+def configuration() -> str:
+    """The page about every key of a run's configuration."""
+    schema = RunConfig.model_json_schema()
+    parts = [CONFIGURATION]
+    for name, place in schema["properties"].items():
+        parts += _sections(name, schema["$defs"][_reference(place)], schema["$defs"])
+    return "\n".join(parts)
+
+
+def _sections(path: str, model: Schema, models: dict[str, Schema]) -> Iterator[str]:
+    """A section for `model`, followed by those of the models inside it."""
+    yield f"## `{path}`\n"
+    if model.get("description"):
+        yield f"{_one_line(model['description'])}\n"
+    inner: list[tuple[str, str]] = []
+    rows = []
+    for key, place in model["properties"].items():
+        reference = _reference(place)
+        if reference is not None:
+            below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
+            inner.append((below, reference))
+            meaning = place.get("description") or models[reference].get("description", "")
+            rows.append((key, "list of sections" if "[n]" in below else "section", "", f"{meaning} See `{below}`."))
+            continue
+        default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
+        rows.append((key, _type(place), default, place.get("description", "")))
+    yield _table(("key", "type", "default", "meaning"), [(f"`{row[0]}`", *row[1:]) for row in rows])
+    for below, reference in inner:
+        yield from _sections(below, models[reference], models)
+
+
+def _reference(place: Schema) -> str | None:
+    """Name of the model that a property holds, or that its list items are; None for a plain value."""
+    target = place.get("items", place)
+    reference = target.get("$ref") or next((part["$ref"] for part in target.get("allOf", ()) if "$ref" in part), None)
+    return None if reference is None else str(reference).rpartition("/")[2]
+
+
+def _type(place: Schema) -> str:
+    """A property's type in words."""
+    if "anyOf" in place:
+        kinds = [_type(part) for part in place["anyOf"] if part.get("type") != "null"]
+        return " or ".join(kinds) + (" or null" if len(kinds) < len(place["anyOf"]) else "")
+    if "enum" in place:
+        return ", ".join(f"`{value}`" for value in place["enum"])
+    if "const" in place:
+        return f"`{place['const']}`"
+    if place["type"] == "array":
+        return f"list of {_type(place['items'])}"
+    name = {"integer": "integer", "number": "number", "string": "text", "boolean": "true/false", "object": "mapping"}
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {place[key]:g}" for key, sign in bounds.items() if key in place]
+    return " ".join([name[place["type"]], ", ".join(limits)]).strip()
+
+
+def metrics() -> str:
+    """The page about every value in `metrics.jsonl`."""
+    rows = [
+        (
+            f"`{metric.name}`",
+            "per source" if metric.per_source else "one value",
+            metric.unit,
+            metric.meaning,
+            f"`{metric.exported}{'_total' if metric.kind in ('counter', 'sum') else ''}`" if metric.exported else "",
+        )
+        for metric in METRICS
+    ]
+    return f"{METRIC_PAGE}\n{_table(('name', 'shape', 'unit', 'meaning', 'in Prometheus'), rows)}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _one_line(words: str) -> str:
+    return " ".join(words.split())
+
+
+PAGES = {"configuration.md": configuration, "metrics.md": metrics}
+
+if __name__ == "__main__":
+    for page, make in PAGES.items():
+        (DOCS / page).write_text(make(), encoding="utf-8")
