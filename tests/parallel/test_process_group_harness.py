@@ -2,7 +2,9 @@
 
 import os
 import time
+from pathlib import Path
 
+import process_group
 import psutil
 import pytest
 import torch
@@ -78,3 +80,17 @@ def test_forks_of_a_process_that_computed_with_threads() -> None:
         return float(b.grad[0, 0])
 
     assert run_ranks(2, work) == [1024.0, 1024.0]
+
+
+def test_ranks_that_never_join_are_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group, "JOIN_S", 1.0)
+
+    def work() -> int:
+        rank = int(os.environ["RANK"])
+        if not (first := tmp_path / str(rank)).exists():
+            first.touch()
+            dist.init_process_group("gloo", rank=rank, world_size=3)  # waits for a third
+        return _start(2).rank
+
+    with pytest.warns(UserWarning, match="2 ranks did not find each other"):
+        assert run_ranks(2, work) == [0, 1]
