@@ -15,10 +15,10 @@ from data_scheduler.batch import ORDINAL_BITS, Batch
 from data_scheduler.config import DataConfig
 from data_scheduler.identity import source_configs
 from data_scheduler.journal import Journal
-from data_scheduler.lane import SourceReader
 from data_scheduler.order import Int64
 from data_scheduler.plan import Plan
 from data_scheduler.scheduler import Scheduler
+from data_scheduler.source import SourceReader
 from data_scheduler.state import Snapshots
 from headrace.errors import ConfigError
 

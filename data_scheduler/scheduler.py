@@ -29,14 +29,16 @@ from data_scheduler.config import DataConfig
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import check_same_run, sample_texts
 from data_scheduler.journal import Event, Journal, Kind
-from data_scheduler.lane import DocumentStream, Position, SourceReader, UnitCache
+from data_scheduler.lane import DocumentStream, Position
 from data_scheduler.manifest import Manifest, check_unchanged
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
 from data_scheduler.order import Int64
 from data_scheduler.packing import PACKERS
 from data_scheduler.plan import Plan
 from data_scheduler.policies import Feedback, make_policy
+from data_scheduler.source import SourceReader
 from data_scheduler.state import State, Touched
+from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, LayoutError
 from headrace.version import __version__
 

@@ -11,10 +11,12 @@ import torch
 from data_scheduler.batch import RejectedRecord, Segments
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder
-from data_scheduler.lane import DocumentStream, Position, SourceReader, UnitCache
+from data_scheduler.lane import DocumentStream, Position
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64
 from data_scheduler.packing import PACKERS
+from data_scheduler.source import SourceReader
+from data_scheduler.unit_cache import UnitCache
 from pretrain.loss import FIXED_POINT
 from pretrain.microbatch import MicroBatch, split_batch
 from pretrain.step import TrainState, evaluate_step

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from data_scheduler import DataConfig
 from data_scheduler.config import SourceConfig
 from data_scheduler.encoder import load_encoder
-from data_scheduler.lane import DocumentStream, Position, SourceReader, UnitCache
+from data_scheduler.lane import DocumentStream, Position
 from data_scheduler.manifest import Manifest
 from data_scheduler.packing import SplitPacker
+from data_scheduler.source import SourceReader
+from data_scheduler.unit_cache import UnitCache
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,109 @@
+"""What all lanes of one source share: chunks, their dealing per epoch, reading, and the accounting of rejects."""
+
+from collections import OrderedDict
+
+import numpy as np
+
+from data_scheduler.batch import RejectedRecord
+from data_scheduler.config import DataConfig, SourceConfig
+from data_scheduler.encoder import Encoder
+from data_scheduler.formats.records import Document, Records, Unit
+from data_scheduler.manifest import Manifest
+from data_scheduler.order import Int64, deal, permutation
+from data_scheduler.reading import UnitReader, layout_units
+from data_scheduler.unit_cache import UnitCache
+from headrace.errors import ConfigError, DataError
+
+REJECT_GRACE = 1000
+"""Records read before `max_reject_fraction` is enforced; a bad first record is not a bad source."""
+
+
+class SourceReader:
+    """What all lanes of one source share: its chunks, their dealing per epoch, reading, and reject accounting."""
+
+    def __init__(
+        self, config: SourceConfig, manifest: Manifest, data: DataConfig, encoder: Encoder, cache: UnitCache
+    ) -> None:
+        """Raises ConfigError when the source has no data."""
+        self.config = config
+        self.manifest = manifest
+        self.chunks = manifest.chunks(config, data.chunk_bytes, data.lanes)
+        if not self.chunks:
+            raise ConfigError(f"source {config.name!r} has no data")
+        self.encoder = encoder
+        self._units = UnitReader(config, encoder.eos_id, encoder.vocab_size)
+        self.seed = data.seed
+        self.lanes = data.lanes
+        self.rejects: list[RejectedRecord] = []
+        """Newly met rejects, in the order met; the scheduler empties it into each batch."""
+        self._cache = cache
+        self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
+        self._hands: OrderedDict[int, list[Int64]] = OrderedDict()
+        self._records_read = 0
+        self._records_rejected = 0
+
+    def hand(self, epoch: int, lane: int) -> Int64:
+        """The lane's chunks of an epoch, in order, int64[…]."""
+        if epoch not in self._hands:
+            order = permutation(len(self.chunks), self.seed, "chunks", self.config.name, epoch)
+            lanes = permutation(self.lanes, self.seed, "lanes", self.config.name, epoch)
+            self._hands[epoch] = deal(self._sizes, order, lanes)
+            while len(self._hands) > 3:  # lanes are at most an epoch apart in a healthy source
+                self._hands.popitem(last=False)
+        return self._hands[epoch][lane]
+
+    def documents(self, chunk: int, epoch: int) -> tuple[list[Document], Int64]:
+        """(documents, ordinals) of the chunk in this epoch's order. Raises DataError past the reject limit."""
+        records, ordinals = self.records(chunk)
+        order = permutation(len(ordinals), self.seed, "documents", self.config.name, epoch, chunk)
+        shuffled = ordinals[order]
+        found = records.documents
+        return [document for ordinal in shuffled.tolist() if (document := found[ordinal]) is not None], shuffled
+
+    def records(self, chunk: int) -> tuple[Records, Int64]:
+        """The records of a chunk's unit, and the places in it of the chunk's own good documents."""
+        unit, part, parts, _ = self.chunks[chunk]
+
+        def read() -> Records:
+            return self._units.read(unit)
+
+        if parts > 1:
+            records, fresh = self._cache.get(self.config.name, unit, read)
+        else:
+            records, fresh = read(), True
+        if fresh:
+            self._account(unit, records)
+        found = records.documents
+        if not records.rejects and not records.filtered:
+            return records, np.arange(part, len(found), parts, dtype=np.int64)
+        own = [place for place in range(part, len(found), parts) if found[place] is not None]
+        return records, np.array(own, dtype=np.int64)
+
+    def record_number(self, unit: Unit, place: int) -> tuple[int, tuple[int, int] | None]:
+        """(number of a record, byte range it is counted in): rows and lines are counted in the file where that is known
+        without reading what comes before."""
+        layout = self.manifest.row_groups.get(unit.path)
+        if layout is not None:
+            units = layout_units(unit.path, self.config.format, layout)
+            return sum(rows for rows, _ in layout[: units.index(unit)]) + place, None
+        return place, None if unit.stop < 0 else (unit.start, unit.stop)
+
+    def _account(self, unit: Unit, records: Records) -> None:
+        self._records_read += len(records.documents) - records.filtered
+        self._records_rejected += len(records.rejects)
+        for reject in records.rejects:
+            number, within = self.record_number(unit, reject.record)
+            where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
+            self.rejects.append(RejectedRecord(self.config.name, unit.path, where, reject.reason))
+        if records.rejects and self.config.on_error == "stop":
+            first = self.rejects[-len(records.rejects)]
+            raise DataError(
+                f"source {first.source!r}: {first.file}, record {first.record}: {first.reason} (on_error is `stop`)"
+            )
+        limit = self.config.max_reject_fraction
+        if self._records_read >= REJECT_GRACE and self._records_rejected > limit * self._records_read:
+            last = self.rejects[-1]
+            raise DataError(
+                f"source {last.source!r}: {self._records_rejected} of {self._records_read} records rejected, past "
+                f"max_reject_fraction={limit:g}; the last: {last.file}, record {last.record}: {last.reason}"
+            )
