@@ -4,6 +4,8 @@ Everything that shapes the order of the data is here and nowhere else, so that t
 journal are enough to replay a run.
 """
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -88,10 +90,22 @@ class DataConfig(StrictModel):
     """Bytes of raw text one lane opens at a time; documents are shuffled within it."""
     prefetch: Annotated[int, Field(ge=0)] = 2
     """Steps prepared ahead in a background thread; 0 prepares them in the caller's."""
+    cache_dir: str | None = None
+    """Folder for an index of files, and for copies of large compressed files that can be read in pieces;
+    `$XDG_CACHE_HOME/headrace` or `~/.cache/headrace` when not given. Runs, ranks and nodes may share it, and it may be
+    deleted when no run uses it; the data does not depend on it."""
+    cache_max_bytes: Annotated[int, Field(ge=0)] = 100 << 30
+    """Disk space for copies; past it those used longest ago are removed. 0: make none."""
     policy: PolicyConfig = PolicyConfig()
     """Who sets the mixture weights."""
     fast_tokenizer: bool = True
     """Use the fast exact encoder where it reproduces the tokenizer token for token; otherwise `tokenizers`."""
+
+    def cache_folder(self) -> Path:
+        """Where the index of files and the copies are."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace"
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "DataConfig":

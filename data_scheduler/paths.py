@@ -2,9 +2,9 @@
 
 import glob
 import os
-from pathlib import Path
 from typing import IO, cast
 
+from data_scheduler.listing import File, local_files, stamped
 from headrace.errors import ConfigError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
@@ -47,30 +47,23 @@ def file_kind(path: str, wanted: str = "auto") -> tuple[str, str | None]:
 
 
 def expand(patterns: list[str], owner: str) -> list[tuple[str, int]]:
-    """Every file behind `patterns` with its size in bytes, sorted by path, each once.
+    """Every file behind `patterns` with its size in bytes; see `list_files`."""
+    return [(file.path, file.size) for file in list_files(patterns, owner)]
+
+
+def list_files(patterns: list[str], owner: str) -> list[File]:
+    """Every file behind `patterns`, sorted by path, each once.
 
     A folder stands for the files of known format below it. Raises ConfigError naming `owner` when a pattern matches
     nothing.
     """
-    found: dict[str, int] = {}
+    found: dict[str, File] = {}
     for pattern in patterns:
-        files = _expand_url(pattern) if is_url(pattern) else _expand_local(pattern)
+        files = stamped(_expand_url(pattern)) if is_url(pattern) else local_files(pattern, _is_known)
         if not files:
             raise ConfigError(f"{owner}: no file at {pattern}")
-        found.update(files)
-    return sorted(found.items())
-
-
-def _expand_local(pattern: str) -> dict[str, int]:
-    matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    files: dict[str, int] = {}
-    for match in matches:
-        if os.path.isdir(match):
-            below = (str(path) for path in Path(match).rglob("*") if path.is_file())
-            files.update({path: os.path.getsize(path) for path in below if _is_known(path)})
-        else:
-            files[match] = os.path.getsize(match)
-    return files
+        found.update((file.path, file) for file in files)
+    return [found[path] for path in sorted(found)]
 
 
 def _expand_url(pattern: str) -> dict[str, int]:

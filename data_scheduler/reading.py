@@ -6,7 +6,7 @@ Nothing is dropped silently: records in = documents + rejects + records the sour
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from data_scheduler.config import SourceConfig
 from data_scheduler.extract import Extractor
@@ -30,9 +30,7 @@ class UnitReader:
         try:
             return self._read(unit)
         except OSError as error:
-            records = Records()
-            records.reject(f"cannot be read: {error.strerror or error}")
-            return records
+            return unreadable(error)
 
     def _read(self, unit: Unit) -> Records:
         kind, suffix = file_kind(unit.path, self.config.format)
@@ -50,6 +48,13 @@ class UnitReader:
         if kind == "megatron":
             return tokens.read_megatron(unit, self._eos_id, self._vocab_size)
         return plain.read(unit.path, codec)
+
+
+def unreadable(error: OSError) -> Records:
+    """What a unit that cannot be opened gives: one reject."""
+    records = Records()
+    records.reject(f"cannot be read: {error.strerror or error}")
+    return records
 
 
 def read_documents(path: str, format: str = "auto", text_key: str = "text") -> Iterator[str]:
@@ -74,12 +79,15 @@ def layout_units(path: str, format: str, layout: columns.Layout) -> list[Unit]:
     return [Unit(path, start, stop) for start, stop in itertools.pairwise(edges)]
 
 
+LAYOUTS: dict[str, Callable[[str], columns.Layout]] = {
+    "parquet": columns.parquet_layout,
+    "arrow": columns.arrow_layout,
+    "megatron": tokens.megatron_layout,
+}
+"""Formats whose files have parts of their own, and how to find them."""
+
+
 def column_layout(path: str, format: str = "auto") -> columns.Layout | None:
     """(records, bytes) of every row group, record batch or stretch of documents; None for formats that have none."""
     kind, _ = file_kind(path, format)
-    layouts = {
-        "parquet": columns.parquet_layout,
-        "arrow": columns.arrow_layout,
-        "megatron": tokens.megatron_layout,
-    }
-    return layouts[kind](path) if kind in layouts else None
+    return LAYOUTS[kind](path) if kind in LAYOUTS else None

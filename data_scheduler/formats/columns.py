@@ -66,6 +66,11 @@ def read_csv(unit: Unit, codec: Codec | None, extractor: Extractor) -> Records:
     return records
 
 
+def from_table(table: pa.Table, unit: Unit, extractor: Extractor) -> Records:
+    """The rows of a table that was read from the unit before."""
+    return _read(unit, extractor, lambda unit, columns: table)
+
+
 def _read(unit: Unit, extractor: Extractor, load: Any) -> Records:
     records = Records()
     try:

@@ -1,9 +1,11 @@
 """JSON lines. An uncompressed file can be read by byte ranges: a range owns the lines that begin in it."""
 
+from collections.abc import Iterable
 from typing import IO, Any
 
 import orjson
 
+from data_scheduler.blocks import Block
 from data_scheduler.extract import Extractor
 from data_scheduler.formats.compression import READ_BYTES, Codec, decompress
 from data_scheduler.formats.records import Records, Unit
@@ -12,25 +14,31 @@ from data_scheduler.paths import open_binary
 
 def read(unit: Unit, codec: Codec | None, extractor: Extractor) -> Records:
     """The records of a unit; raises OSError when the file cannot be opened."""
-    records = Records()
     with open_binary(unit.path) as file:
         if codec is None:
             data, problem = byte_range(file, unit.start, unit.stop), None
         else:
             data, problem = decompress(file.read(), codec)
-    records.size = len(data)
-    lines = data.split(b"\n")
-    last = lines.pop()  # what follows the final newline: nothing, or a line without one
-    if last and problem is None:
-        lines.append(last)
-    # A blank line is not a record: editors and `cat` leave them behind.
-    rows = [parse(line) for line in lines if line and not line.isspace()]
+    if problem is not None:  # the line the damage fell into is not whole
+        data = data[: data.rfind(b"\n") + 1]
+    return read_blocks([Block(0, data, problem)], extractor)
+
+
+def read_blocks(blocks: Iterable[Block], extractor: Extractor) -> Records:
+    """The records of whole lines; a block's problem is a reject after its lines."""
+    records = Records()
+    rows: list[dict[str, Any] | str] = []
+    for number, data, problem in blocks:
+        records.blocks.append((len(rows), number))
+        records.size += len(data)
+        # A blank line is not a record: editors and `cat` leave them behind.
+        rows += [parse(line) for line in data.split(b"\n") if line and not line.isspace()]
+        if problem is not None:
+            rows.append(problem)
     if extractor.is_plain:
         _add_plain(rows, extractor.text_key, records)
     else:
         extractor.add(rows, records)
-    if problem is not None:
-        records.reject(problem)
     return records
 
 
