@@ -132,29 +132,34 @@ class CopyFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / f"{name}.lock")
         with _held(lock, f"{what}: waiting for the process that copies it"):
-            copy = self._existing(name, key, what)  # another process was faster
-            if copy is not None:
-                return copy
-            needed = int(text / TEXT_PER_BYTE)
-            self._make_room(needed)
-            if shutil.disk_usage(self.folder).free < needed + FREE_BYTES:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            half = self.folder / f".{name}.{uuid.uuid4().hex}.half"
             try:
-                with open(half, "wb") as file, Task(f"copying {what}, once", text, plain=True) as task:
-                    for size in write_copy(file, key, make()):
-                        task.advance(size)
-                        if file.tell() > self.max_bytes:
-                            raise NoRoom(f"it alone is larger than data.cache_max_bytes = {self.max_bytes:,}")
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._publish(half, self._path(name))
+                copy = self._existing(name, key, what)  # another process was faster
+                if copy is None:
+                    self._write(name, key, make, text, what)
+                    copy = Copy(self._path(name), key)
+                    self._made.add(name)
             finally:
-                half.unlink(missing_ok=True)
-            self._made.add(name)
-            with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file)  # whoever waits for it finds the copy
-        return Copy(self._path(name), key)
+                with contextlib.suppress(OSError):
+                    os.unlink(lock.lock_file)  # whoever waits for it makes another, and finds the copy
+        return copy
+
+    def _write(self, name: str, key: str, make: Callable[[], Iterator[Block]], text: int, what: str) -> None:
+        needed = int(text / TEXT_PER_BYTE)
+        self._make_room(needed)
+        if shutil.disk_usage(self.folder).free < needed + FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        half = self.folder / f".{name}.{uuid.uuid4().hex}.half"
+        try:
+            with open(half, "wb") as file, Task(f"copying {what}, once", text, plain=True) as task:
+                for size in write_copy(file, key, make()):
+                    task.advance(size)
+                    if file.tell() > self.max_bytes:
+                        raise NoRoom(f"it alone is larger than data.cache_max_bytes = {self.max_bytes:,}")
+                file.flush()
+                os.fsync(file.fileno())
+            self._publish(half, self._path(name))
+        finally:
+            half.unlink(missing_ok=True)
 
     def _publish(self, half: Path, path: Path) -> None:
         with _held(FileLock(self.folder / "room.lock"), "waiting for the cache folder"):

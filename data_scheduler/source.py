@@ -80,12 +80,10 @@ class SourceReader:
             at = layout_units(unit.path, self.config.format, layout).index(unit)
             first = self.chunks[chunk].rows(layout[at][0]).start
             return sum(rows for rows, _ in layout[:at]) + first + place, None
-        if block:
-            first, number = next(
-                ((first, number) for first, number in reversed(records.blocks) if first <= place), (0, 0)
-            )
+        if block and records.blocks:
+            first, number = next(found for found in reversed(records.blocks) if found[0] <= place)
             return place - first, (number * block, (number + 1) * block)
-        return part + parts * place, None if unit.stop < 0 else (unit.start, unit.stop)
+        return (place if block else part + parts * place), None if unit.stop < 0 else (unit.start, unit.stop)
 
     def _account(self, chunk: int, records: Records) -> None:
         path = self.chunks[chunk].unit.path

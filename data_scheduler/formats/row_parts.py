@@ -25,19 +25,19 @@ def pack(unit: Unit, kind: str, wanted: list[str], lengths: Sequence[int]) -> It
     """
     with open_binary(unit.path) as file:
         batches = _parquet(file, unit, wanted) if kind == "parquet" else _arrow(file, unit, wanted)
-        held: list[Any] = []
+        table: Any = None
         for length in lengths:
-            while sum(batch.num_rows for batch in held) < length or not held:
+            while table is None or table.num_rows < length:
                 batch = next(batches, None)
                 if batch is None:
                     raise ValueError("it holds fewer rows than its file says")
-                held.append(batch)
-            table = pa.Table.from_batches(held)
+                more = pa.Table.from_batches([batch])
+                table = more if table is None else pa.concat_tables([table, more])
             sink = pa.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table.slice(0, length))
             yield sink.getvalue().to_pybytes()
-            held = table.slice(length).to_batches() or [table.schema.empty_table().to_batches()[0]]
+            table = table.slice(length)
 
 
 def read(data: bytes, unit: Unit, extractor: Extractor) -> Records:
