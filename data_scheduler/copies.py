@@ -38,6 +38,10 @@ FREE_BYTES = 1 << 30
 """Left free on the disk, whatever `max_bytes` allows."""
 STALE_S = 3600.0
 """A half copy that nobody has written to for so long was left by a process that died."""
+SHARERS = 8
+"""Processes that may fill the folder at once without passing its limit."""
+EVICT_TO = 0.9
+"""Share of the limit that is left when copies had to go, so that the next ones find room."""
 TEXT_PER_BYTE = 2.5
 """Text behind a byte of a copy, estimated low: level 1 gives 2.6 on plain English, 5 on code."""
 
@@ -56,6 +60,8 @@ class CopyFolder:
         self._discarded: set[str] = set()
         self._given_up: set[str] = set()
         self._usable = True
+        self._allowance = 0
+        """Bytes that may be written before the folder is looked at again."""
 
     def open(self, key: str, make: Callable[[], Iterator[Block]], text: int, what: str) -> Copy | None:
         """The copy called `key`, made with `make` from about `text` bytes when there is none; None: do without.
@@ -162,9 +168,10 @@ class CopyFolder:
             half.unlink(missing_ok=True)
 
     def _publish(self, half: Path, path: Path) -> None:
-        with _held(FileLock(self.folder / "room.lock"), "waiting for the cache folder"):
-            self._evict(half.stat().st_size)
-            half.replace(path)
+        size = half.stat().st_size
+        self._make_room(size)
+        half.replace(path)
+        self._allowance -= size
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -172,29 +179,38 @@ class CopyFolder:
             os.close(folder)
 
     def _make_room(self, needed: int) -> None:
+        """See to it that `needed` bytes fit. Raises NoRoom."""
+        if needed > self.max_bytes:
+            raise NoRoom(f"it needs about {needed:,} bytes, data.cache_max_bytes is {self.max_bytes:,}")
+        if needed <= self._allowance:
+            return
         with _held(FileLock(self.folder / "room.lock"), "waiting for the cache folder"):
             for half in self.folder.glob(".*.half"):
                 with contextlib.suppress(FileNotFoundError):
                     if half.stat().st_mtime < time.time() - STALE_S:
                         half.unlink()
-            self._evict(needed)
+            left = self.max_bytes - self._evict(needed)
+        # Looking at 100,000 copies takes a second, so it is done again only when a share of what is left has been used:
+        # a share, because other processes use it too.
+        self._allowance = max(needed, left // SHARERS)
 
-    def _evict(self, needed: int) -> None:
-        """Remove the copies used longest ago until `needed` bytes fit. Raises NoRoom."""
-        if needed > self.max_bytes:
-            raise NoRoom(f"it needs about {needed:,} bytes, data.cache_max_bytes is {self.max_bytes:,}")
+    def _evict(self, needed: int) -> int:
+        """Remove the copies used longest ago until `needed` bytes fit; the bytes of those that stay. Raises NoRoom."""
         held: list[tuple[float, int, Path]] = []
         for path in self.folder.glob("*.blocks"):
             with contextlib.suppress(FileNotFoundError):
                 held.append(((found := path.stat()).st_mtime, found.st_size, path))
         total = sum(size for _, size, _ in held)
+        if total + needed <= self.max_bytes:
+            return total
         for _, size, path in sorted(held):
-            if total + needed <= self.max_bytes:
-                return
+            if total + needed <= self.max_bytes * EVICT_TO:
+                break
             if _remove_unused(path):
                 total -= size
         if total + needed > self.max_bytes:
             raise NoRoom(f"all {total:,} bytes of copies are in use, data.cache_max_bytes is {self.max_bytes:,}")
+        return total
 
 
 def _remove_unused(path: Path) -> bool:

@@ -61,7 +61,7 @@ def index_sources(config: DataConfig) -> Iterator[tuple[SourceReport, list[_Larg
     for source in config.sources:
         manifest = Manifest.take(source, index)
         pieces = manifest.pieces(source)
-        chunks = manifest.chunks(source, config.chunk_bytes, config.lanes)
+        chunks = manifest.chunks(source, config.settled_chunk_bytes, config.lanes)
         large = [chunk for chunk in chunks if chunk.copied and chunk.part == 0]
         known = len(manifest.row_groups) == len(manifest.files)
         report = SourceReport(
@@ -71,7 +71,7 @@ def index_sources(config: DataConfig) -> Iterator[tuple[SourceReport, list[_Larg
             text_bytes=sum(piece.size for piece in pieces),
             documents=sum(rows for layout in manifest.row_groups.values() for rows, _ in layout) if known else None,
             chunks=len(chunks),
-            chunk_bytes=chunk_target(pieces, config.chunk_bytes, config.lanes),
+            chunk_bytes=chunk_target(pieces, config.settled_chunk_bytes, config.lanes),
             chunks_per_lane=round(len(chunks) / config.lanes, 2),
             large_units=len(large),
             large_text_bytes=sum(chunk.size * chunk.parts for chunk in large),
