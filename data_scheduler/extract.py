@@ -12,6 +12,8 @@ from data_scheduler.template import template_parts
 from headrace.errors import ConfigError
 
 ROW = "__row__"
+BIGGEST_EXACT = 2.0**63
+"""JSON numbers from here on are read as floats."""
 
 
 class Extractor:
@@ -28,24 +30,42 @@ class Extractor:
             self.where, self.filter_fields = expression.parse(config.where)
         self.columns = sorted({field.split(".")[0] for _, field in self.parts if field} | _roots(self.filter_fields))
         """Top-level fields needed; column formats read only these."""
+        self.text_columns = sorted({field for _, field in self.parts if field} - set(self.filter_fields))
+        """Fields that are text whatever they look like, for formats whose types are guessed."""
+        self.max_bytes = config.max_document_bytes
 
     @property
     def is_plain(self) -> bool:
         """Whether a record's text is simply one top-level field."""
         return self.where is None and self.parts == [("", self.text_key)] and "." not in self.text_key
 
-    def add(self, rows: Sequence[Mapping[str, Any] | str], records: Records) -> None:
-        """Add every row to `records` as document, reject or left out. A row that is a str is a reason to reject it."""
+    def add(self, rows: Sequence[Mapping[str, Any] | str | None], records: Records) -> None:
+        """Add every row to `records` as document, reject or left out. A row that is a str is a reason to reject it, one
+        that is None was left out before."""
         kept, unlike = self._filter(rows)
         for number, row in enumerate(rows):
             if isinstance(row, str):
                 records.reject(row)
+            elif row is None:
+                records.leave_out()
             elif number in unlike:
                 records.reject(unlike[number])
             elif kept is not None and number not in kept:
                 records.leave_out()
             else:
                 self._add_text(row, records)
+
+    def too_long(self, size: int) -> str:
+        """The reason to reject a record of `size` bytes or more."""
+        return f"longer than max_document_bytes={self.max_bytes} ({size} bytes or more)"
+
+    def add_document(self, text: str, records: Records) -> None:
+        """Add a text as a document, or as a reject when it is too long."""
+        # A character is at most four bytes; only what may be too long is measured.
+        if 4 * len(text) > self.max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > self.max_bytes:
+            records.reject(self.too_long(size))
+        else:
+            records.documents.append(text)
 
     def _add_text(self, row: Mapping[str, Any], records: Records) -> None:
         pieces = []
@@ -59,24 +79,48 @@ class Extractor:
             if not usable:
                 records.reject(f"field {field!r} is " + ("missing" if value is None else "not text"))
                 return
+            if isinstance(value, float) and abs(value) >= BIGGEST_EXACT:
+                records.reject(f"field {field!r} is a number past 64 bits, whose digits are lost")
+                return
             pieces.append(str(value))
-        records.documents.append("".join(pieces))
+        self.add_document("".join(pieces), records)
 
-    def _filter(self, rows: Sequence[Mapping[str, Any] | str]) -> tuple[set[int] | None, dict[int, str]]:
+    def _filter(self, rows: Sequence[Mapping[str, Any] | str | None]) -> tuple[set[int] | None, dict[int, str]]:
         """(numbers of the rows the filter keeps, None without a filter; reasons to reject rows of unlike types)."""
         unlike: dict[int, str] = {}
         if self.where is None:
             return None, unlike
-        good = {number: row for number, row in enumerate(rows) if not isinstance(row, str)}
+        good = {number: row for number, row in enumerate(rows) if isinstance(row, Mapping)}
         for field in self.filter_fields:
             unlike |= _unlike(field, {number: lookup(row, field) for number, row in good.items()})
         numbers = [number for number in good if number not in unlike]
-        table = {field: pa.array([lookup(good[number], field) for number in numbers]) for field in self.filter_fields}
+        table = {field: _array([lookup(good[number], field) for number in numbers]) for field in self.filter_fields}
+        whole = pa.table(table | {ROW: pa.array(numbers, pa.int64())})
         try:
-            kept = pa.table(table | {ROW: pa.array(numbers, pa.int64())}).filter(self.where)[ROW]
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            return self._kept(whole), unlike
+        except pa.ArrowInvalid:
+            # Division by zero, overflow: the fault of single rows, so each is asked for itself.
+            kept: set[int] = set()
+            for place, number in enumerate(numbers):
+                try:
+                    kept |= self._kept(whole.slice(place, 1))
+                except pa.ArrowInvalid as error:
+                    unlike[number] = f"where: {str(error).splitlines()[0]}"
+            return kept, unlike
+
+    def _kept(self, table: pa.Table) -> set[int]:
+        """Numbers of the rows for which the filter holds. Raises ConfigError when it cannot be applied to such kinds."""
+        try:
+            return set(table.filter(self.where)[ROW].to_pylist())
+        except pa.ArrowNotImplementedError as error:
             raise ConfigError(f"source {self.name!r}: where: {str(error).splitlines()[0]}") from None
-        return set(kept.to_pylist()), unlike
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    """Values of one kind; numbers are floats where one of them is no 64-bit integer."""
+    if any(isinstance(value, float) or (isinstance(value, int) and abs(value) >= BIGGEST_EXACT) for value in values):
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array(values)
 
 
 def lookup(row: Mapping[str, Any], field: str) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data_scheduler.config import DataConfig
+from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.formats.records import Unit
 from data_scheduler.journal import Journal
 from data_scheduler.manifest import Manifest
@@ -44,8 +44,8 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
         if source.name not in sources:
             continue
         before = sources[source.name]
-        for key in ("paths", "format", "text_key", "template", "where"):
-            if before.get(key) != getattr(source, key):
+        for key in ("paths", "format", "text_key", "template", "where", "max_document_bytes"):
+            if before.get(key, SourceConfig.model_fields[key].default) != getattr(source, key):
                 raise ConfigError(
                     f"data.sources.{source.name}.{key} was {before.get(key)!r} when the source entered the run; "
                     "add changed data as a new source"

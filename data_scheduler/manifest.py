@@ -46,7 +46,7 @@ class Manifest:
     @staticmethod
     def take(config: SourceConfig) -> "Manifest":
         """Look at the source's files now. Raises ConfigError when there are none, DataError when all are empty."""
-        files = expand(config.paths, f"source {config.name!r}")
+        files = expand(config.paths, f"source {config.name!r}", config.format)
         if not any(size for _, size in files):
             raise DataError(f"source {config.name!r}: all {len(files)} files are empty ({files[0][0]}, …)")
         row_groups: dict[str, list[tuple[int, int]]] = {}

@@ -31,7 +31,7 @@ class SourceReader:
         if not self.chunks:
             raise ConfigError(f"source {config.name!r} has no data")
         self.encoder = encoder
-        self._units = UnitReader(config, encoder.eos_id, encoder.vocab_size)
+        self._units = UnitReader(config, encoder.eos_id, encoder.vocab_size, dict(manifest.files))
         self.seed = data.seed
         self.lanes = data.lanes
         self.rejects: list[RejectedRecord] = []
