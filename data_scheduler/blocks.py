@@ -10,10 +10,10 @@ one block, so any set of blocks can be read without the others. With S = 8:
 A block in which no line begins is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from data_scheduler.formats.compression import TextStream
+from data_scheduler.formats.compression import Damage
 
 
 class Block(NamedTuple):
@@ -25,27 +25,45 @@ class Block(NamedTuple):
     """What is wrong with the stream after these lines; only the last block can have it."""
 
 
-def cut(stream: TextStream, size: int) -> Iterator[Block]:
-    """The blocks of a stream, in order, in memory for one block and the longest line.
+def cut(pieces: Iterable[bytes], size: int, longest: int) -> Iterator[Block]:
+    """The blocks of a stream, in order, in memory for one block and one line.
 
-    Where the stream is damaged, the line that the damage fell into is dropped and its block says so. Raises OSError
-    when the file cannot be read.
+    Of a line longer than `longest` bytes (and than a block) that many and one more are kept, so that a reader can tell.
+    Where the stream raises Damage, the line that it fell into is dropped and its block says why.
     """
+    longest = max(longest, size) + 1
     pending = bytearray()  # begins at a line's first byte, `base` bytes into the text
-    base = searched = 0
-    for piece in stream:
-        pending += piece
-        while True:
-            number = base // size
-            # The first newline from the block's last byte on ends the last line that begins in the block.
-            end = pending.find(b"\n", max((number + 1) * size - 1 - base, searched))
-            if end < 0:
-                searched = len(pending)
-                break
-            yield Block(number, bytes(pending[: end + 1]))
-            del pending[: end + 1]
-            base, searched = base + end + 1, 0
-    if stream.problem is not None:
-        yield Block(base // size, bytes(pending[: pending.rfind(b"\n") + 1]), stream.problem)
+    base = searched = dropped = 0
+    problem = None
+    try:
+        for piece in pieces:
+            if dropped:
+                # The line being dropped is longer than a block, so its end is where the block is cut.
+                end = piece.find(b"\n")
+                if end < 0:
+                    dropped += len(piece)
+                    continue
+                dropped, piece = dropped + end, piece[end:]
+            pending += piece
+            while True:
+                number = base // size
+                # The first newline from the block's last byte on ends the last line that begins in the block.
+                end = pending.find(b"\n", max((number + 1) * size - 1 - base, searched))
+                if end < 0:
+                    break
+                yield Block(number, bytes(pending[: end + 1]))
+                del pending[: end + 1]
+                base, searched, dropped = base + end + 1 + dropped, 0, 0
+            searched = len(pending)
+            if searched > longest:
+                kept = pending.rfind(b"\n") + 1 + longest
+                if searched > kept:
+                    dropped += searched - kept
+                    del pending[kept:]
+                    searched = kept
+    except Damage as damage:
+        problem = str(damage)
+    if problem is not None:
+        yield Block(base // size, bytes(pending[: pending.rfind(b"\n") + 1]), problem)
     elif pending:
         yield Block(base // size, bytes(pending))

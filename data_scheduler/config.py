@@ -34,8 +34,12 @@ class SourceConfig(StrictModel):
     """Files, folders, glob patterns or fsspec URLs. Sorted before use, so their order here does not matter."""
     val_paths: list[str] = []
     """Held-out files of the same kind; evaluated separately, never trained on."""
-    format: Literal["auto", "jsonl", "parquet", "arrow", "csv", "text", "npy", "megatron"] = "auto"
-    """`auto` goes by the file name; `.gz`, `.zst`, `.bz2` and `.xz` are recognised behind jsonl, csv and text."""
+    format: Literal[
+        "auto", "jsonl", "parquet", "arrow", "csv", "text", "npy", "megatron", "ds",
+        "datatrove:warc", "datatrove:jsonl", "datatrove:csv", "datatrove:parquet", "datatrove:ipc",
+    ] = "auto"  # fmt: skip
+    """`auto` goes by the file name; `.gz`, `.zst`, `.bz2` and `.xz` are recognised behind jsonl, csv and text.
+    `datatrove:<reader>` reads with datatrove's reader of that name."""
     text_key: str = "text"
     """Field or column that holds the text; dots go into nested objects."""
     template: str | None = None
@@ -59,6 +63,9 @@ class SourceConfig(StrictModel):
     """What a malformed record does: `skip` counts it and goes on, `stop` ends the run."""
     max_reject_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
     """Past this share of rejected records (once 1,000 records were read) the run stops with a data error."""
+    max_document_bytes: Annotated[int, Field(ge=1)] = 100_000_000
+    """A record or text longer than this is rejected: 100 MB are 25 million tokens, a hundred times the longest book, and
+    some 300 MB of memory while it is read."""
 
     @model_validator(mode="after")
     def _expressions_are_understood(self) -> "SourceConfig":

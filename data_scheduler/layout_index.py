@@ -21,7 +21,8 @@ import orjson
 from data_scheduler.listing import THREADS, File
 from data_scheduler.paths import file_kind, is_url
 from data_scheduler.progress import Task
-from data_scheduler.reading import LAYOUTS, column_layout
+from data_scheduler.reading import LAYOUT_KINDS, column_layout
+from data_scheduler.remote import url_stamp
 
 log = logging.getLogger("headrace.data")
 
@@ -50,10 +51,11 @@ class LayoutIndex:
 
         Raises ConfigError for a file whose format is not known.
         """
-        columns = [file for file in files if file_kind(file.path, format)[0] in LAYOUTS]
+        columns = [file for file in files if file_kind(file.path, format)[0] in LAYOUT_KINDS]
         if len(columns) < KEPT_FROM or self._path is None:
             with Task(f"{owner}: opening files", len(columns)) as task:
                 return _open_all(columns, format, task)
+        columns = _stamped(columns)
         kept = self._kept(columns, format)
         missing = [file for file in columns if file.path not in kept]
         layouts: Layouts = dict(kept)
@@ -133,6 +135,13 @@ def _open_all(files: Sequence[File], format: str, task: Task) -> tuple[Layouts, 
             else:
                 layouts[file.path] = found
     return layouts, problems
+
+
+def _stamped(files: Sequence[File]) -> list[File]:
+    """The files with the stamps of URLs, which need a question each."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        stamps = pool.map(lambda file: file.stamp or url_stamp(file.path), files)
+        return [file._replace(stamp=stamp) for file, stamp in zip(files, stamps, strict=True)]
 
 
 def _absolute(path: str) -> str:

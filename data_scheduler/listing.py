@@ -3,7 +3,7 @@
 import glob
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,26 +21,7 @@ class File(NamedTuple):
     size: int
     """Bytes."""
     stamp: str
-    """Modification time in nanoseconds; of a URL its store's tag, empty where the store has none."""
-
-
-def url_stamp(url: str) -> str:
-    """What the store of a URL says about its version, empty when nothing."""
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(url)
-    info = system.info(path)  # from the listing's cache in most stores
-    for key in ("ETag", "etag", "md5Hash", "content_md5", "sha256", "blob_id", "mtime", "LastModified", "created"):
-        if info.get(key):
-            return f"{key} {info[key]}"
-    return ""
-
-
-def stamped(sizes: Mapping[str, int]) -> list[File]:
-    """URLs, with sizes as listed, and their stamps."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        stamps = pool.map(url_stamp, sizes)
-        return [File(url, size, stamp) for (url, size), stamp in zip(sizes.items(), stamps, strict=True)]
+    """Modification time in nanoseconds; empty for a URL, whose store is asked only when it matters (`url_stamp`)."""
 
 
 def local_files(pattern: str, known: Callable[[str], bool]) -> list[File]:

@@ -16,7 +16,7 @@ from data_scheduler.formats.records import Unit
 from data_scheduler.layout_index import LayoutIndex, Layouts
 from data_scheduler.listing import BATCH, THREADS
 from data_scheduler.paths import file_kind, is_url, list_files
-from data_scheduler.reading import layout_units
+from data_scheduler.reading import TOKEN_KINDS, layout_units
 from headrace.errors import DataError
 
 
@@ -36,7 +36,7 @@ class Manifest:
 
         Raises ConfigError when there are none, DataError when all are empty.
         """
-        files = list_files(config.paths, f"source {config.name!r}")
+        files = list_files(config.paths, f"source {config.name!r}", config.format)
         if not any(file.size for file in files):
             raise DataError(f"source {config.name!r}: all {len(files)} files are empty ({files[0].path}, …)")
         layouts, problems = (index or LayoutIndex(None)).layouts(files, config.format, f"source {config.name!r}")
@@ -93,7 +93,7 @@ class Manifest:
         if path in self.row_groups:
             layout = self.row_groups[path]
             units = layout_units(path, config.format, layout)
-            how = "documents" if kind == "megatron" else "rows"
+            how = "documents" if kind in TOKEN_KINDS else "rows"
             return [Piece(unit, max(1, text), how) for unit, (_, text) in zip(units, layout, strict=True)]
         how = "records" if kind != "jsonl" else "bytes" if compression is None else "lines"
         return [Piece(Unit(path, 0, -1), size * (TEXT_PER_COMPRESSED_BYTE if compression else 1), how)]

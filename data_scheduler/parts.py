@@ -8,6 +8,7 @@
 A copy is used for large units (`Chunk.copied`), and for text that turns out larger than it was taken for.
 """
 
+import itertools
 import os
 import zlib
 from collections.abc import Iterator
@@ -21,12 +22,12 @@ from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.copies import CopyFolder
 from data_scheduler.copy_file import Copy, DamagedCopy
 from data_scheduler.formats import lines, row_parts
-from data_scheduler.formats.compression import CODECS, TextStream
+from data_scheduler.formats.compression import CODECS, decoded
 from data_scheduler.formats.records import Records, Unit
-from data_scheduler.listing import url_stamp
 from data_scheduler.manifest import Manifest
 from data_scheduler.paths import file_kind, is_url, open_binary
 from data_scheduler.reading import UnitReader, unreadable
+from data_scheduler.remote import url_stamp
 from data_scheduler.unit_cache import UnitCache
 
 ENDS_BYTES = 1 << 16
@@ -81,7 +82,7 @@ class PartReader:
         if layout is not None and chunk.copied:
             packed = self._copied(chunk)
             if packed is not None:
-                return row_parts.read(packed[0].data, unit, extractor)
+                return row_parts.read(packed[0].data, extractor)
         whole = self._cache.get((self._config.name, unit), lambda: self._units.read(unit))
         if layout is not None:
             return whole.only(chunk.rows(len(whole.documents)))
@@ -136,8 +137,8 @@ class PartReader:
         """All blocks of a compressed file. Raises _Unreadable."""
         codec = CODECS[file_kind(chunk.unit.path, self._config.format)[1] or ""]
         try:
-            with open_binary(chunk.unit.path) as file:
-                yield from cut(TextStream(file, codec), chunk.block)
+            with self._units.open(chunk.unit.path) as file:
+                yield from cut(decoded(file, codec), chunk.block, self._config.max_document_bytes)
         except OSError as error:
             raise _Unreadable(error) from None
 
@@ -148,9 +149,10 @@ class PartReader:
         kind, _ = file_kind(unit.path, self._config.format)
         lengths = [len(chunk._replace(part=part).rows(total)) for part in range(chunk.parts)]
         try:
-            for part, data in enumerate(row_parts.pack(unit, kind, self._units.extractor.columns, lengths)):
-                yield Block(part, data)
-        except (OSError, ValueError, pa.ArrowException) as error:
+            with self._units.open(unit.path) as file:
+                packed = row_parts.pack(file, unit, kind, self._units.extractor.columns, lengths)
+                yield from itertools.starmap(Block, enumerate(packed))
+        except (OSError, ValueError, IndexError, MemoryError, pa.ArrowException) as error:
             self._undecodable.add(unit)
             raise _Unreadable(OSError(str(error))) from None
 
@@ -162,7 +164,11 @@ class PartReader:
                 self._keys[unit.path] = _identity(unit.path)
             except OSError as error:
                 raise _Unreadable(error) from None
-        how = chunk.block or [unit.start, chunk.parts, self._units.extractor.columns]
+        how = (
+            [chunk.block, self._config.max_document_bytes]
+            if chunk.block
+            else [unit.start, chunk.parts, self._units.extractor.columns]
+        )
         return f"{self._keys[unit.path]} {how}"
 
 

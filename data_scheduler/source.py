@@ -50,7 +50,7 @@ class SourceReader:
         self.document_start, self.document_end = boundary_tokens(data, encoder)
         self.max_epochs = config.max_epochs
         """Epochs after which lanes stop giving this source; the scheduler sets it to what the journal says."""
-        units = UnitReader(config, encoder.eos_id, encoder.vocab_size)
+        units = UnitReader(config, encoder.eos_id, encoder.vocab_size, dict(manifest.files))
         self._parts = PartReader(config, manifest, data, units, cache)
         self.seed = data.seed
         self.lanes = data.lanes
