@@ -64,8 +64,8 @@ class SourceConfig(StrictModel):
     max_reject_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
     """Past this share of rejected records (once 1,000 records were read) the run stops with a data error."""
     max_document_bytes: Annotated[int, Field(ge=1)] = 100_000_000
-    """A record or text longer than this is rejected: 100 MB are 25 million tokens, a hundred times the longest book, and
-    some 300 MB of memory while it is read."""
+    """A longer record or text is rejected: 100 MB are 25 million tokens, twenty times the longest book, and take
+    some 300 MB of memory while they are read."""
 
     @model_validator(mode="after")
     def _expressions_are_understood(self) -> "SourceConfig":

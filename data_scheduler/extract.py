@@ -125,7 +125,7 @@ class Extractor:
             return kept, unlike
 
     def _kept(self, table: pa.Table) -> set[int]:
-        """Numbers of the rows for which the filter holds. Raises ConfigError when it cannot be applied to such kinds."""
+        """Numbers of the rows for which the filter holds. Raises ConfigError when such kinds cannot be compared."""
         try:
             return set(table.filter(self.where)[ROW].to_pylist())
         except pa.ArrowNotImplementedError as error:

@@ -85,7 +85,7 @@ class UnitReader:
                 return rejected(str(error))
             return tokens.read_indexed(file, size, unit, index, self._vocabulary)
         if kind.startswith(DATATROVE):
-            return datatrove_files.read(kind.removeprefix(DATATROVE), file, unit, self.extractor)
+            return datatrove_files.read(kind.removeprefix(DATATROVE), file, codec, self.extractor)
         return plain.read(file, codec, self.extractor)
 
     def _index(self, path: str, kind: str, size: int) -> TokenIndex:

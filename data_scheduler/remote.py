@@ -4,11 +4,11 @@ Stores fail in three ways, and each means something else for a run:
 
 - *gone* (404, no such bucket): as for a local file; FileNotFoundError, which a reader turns into a reject;
 - *refused* (401, 403, no credentials, a package that is not installed): the user's to mend; ConfigError;
-- *unreachable* (refused connections, timeouts, 429, 5xx): tried again, then UnreachableError. It never becomes a reject:
-  an outage is no property of the data, and a stream with holes could not be made again.
+- *unreachable* (refused connections, timeouts, 429, 5xx): tried again, then UnreachableError. It never becomes a
+  reject: an outage is no property of the data, and a stream with holes could not be made again.
 
-How to reach a store (endpoint, key, anonymous access) is fsspec's own configuration: the environment (`FSSPEC_S3_…`) and
-the files in `~/.config/fsspec`.
+How to reach a store (endpoint, key, anonymous access) is fsspec's own configuration: the environment (`FSSPEC_S3_…`)
+and the files in `~/.config/fsspec`.
 """
 
 import errno
@@ -161,7 +161,7 @@ def attempt(url: str, call: Callable[[], T]) -> T:
         wait=tenacity.wait_exponential(multiplier=WAIT_S),
         reraise=True,
     )
-    return trying(once)
+    return cast(T, trying(once))
 
 
 def _system(url: str) -> tuple[Any, str]:

@@ -1,7 +1,7 @@
 """Decompression piece by piece: what can be decoded is kept, what is wrong with the rest is said.
 
-Memory stays bounded whatever the input claims: pieces are at most OUTPUT_BYTES (for zstd at most 32,768 times FEED_BYTES,
-128 MiB), dictionaries at most 256 MiB, and a file that expands more than MOST_EXPANSION times is given up.
+Memory stays bounded whatever the input claims: pieces are at most OUTPUT_BYTES (for zstd at most 32,768 times
+FEED_BYTES, 128 MiB), dictionaries at most 256 MiB, and a file that expands more than MOST_EXPANSION times is given up.
 """
 
 import bz2

@@ -5,6 +5,7 @@ datatrove leaves out what it cannot use, with a warning in its log or without on
 reject. A gap in the numbers of a WARC file is a record that is no page (a request, a picture), and counts as filtered.
 """
 
+import io
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,25 +14,56 @@ from typing import IO, Any
 import orjson
 
 from data_scheduler.extract import Extractor
-from data_scheduler.formats.records import Records, Unit
+from data_scheduler.formats.compression import Codec, Damage, decoded
+from data_scheduler.formats.records import Records
 from headrace.errors import ConfigError, HeadraceError
 
 READERS = {
-    "warc": "WarcReader", "jsonl": "JsonlReader", "csv": "CsvReader", "parquet": "ParquetReader", "ipc": "IpcReader",
+    "warc": "WarcReader", "jsonl": "JsonlReader", "csv": "CSVReader", "parquet": "ParquetReader", "ipc": "IpcReader",
 }  # fmt: skip
 PACKAGES = {"cchardet": "faust-cchardet", "magic": "python-magic"}
 """Packages whose modules have other names."""
+
+WARC = b"WARC/"
+WARC_END = b"\r\n\r\n"
+"""What every record of a WARC file ends with; a file that does not was cut off."""
+READ_BYTES = 1 << 20
 
 Row = dict[str, Any] | str | None
 """A record's fields, the reason why it has none, or None where it is no page."""
 
 
-def read(name: str, file: IO[bytes], unit: Unit, extractor: Extractor) -> Records:
+class _Stream(io.RawIOBase):
+    """A file's decoded bytes. Damage is raised when all before it was read, so the record it fell into is not given."""
+
+    def __init__(self, file: IO[bytes], codec: Codec | None) -> None:
+        super().__init__()
+        self._pieces = iter(lambda: file.read(READ_BYTES), b"") if codec is None else decoded(file, codec)
+        self._rest = memoryview(b"")
+        self._begin = self._end = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            piece = next(self._pieces, b"")
+            if not piece and self._begin == WARC and self._end != WARC_END:
+                raise Damage("cut off; the records up to there were read")
+            self._begin = (self._begin + piece[: len(WARC)])[: len(WARC)]
+            self._end = (self._end + piece[-len(WARC_END) :])[-len(WARC_END) :]
+            self._rest = memoryview(piece)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+def read(name: str, file: IO[bytes], codec: Codec | None, extractor: Extractor) -> Records:
     """Every record of a file that is open as `file`. Raises ConfigError when a package is missing."""
     rows: list[Row] = []
     problem = None
     try:
-        _collect(name, file, unit.path, rows)
+        _collect(name, file if name in ("parquet", "ipc") else _Stream(file, codec), rows)
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
         raise ConfigError(
@@ -40,6 +72,8 @@ def read(name: str, file: IO[bytes], unit: Unit, extractor: Extractor) -> Record
         ) from None
     except HeadraceError:
         raise
+    except Damage as damage:
+        problem = str(damage)
     except Exception as error:  # whatever the libraries below a reader raise
         told = " ".join(str(error).split()) or type(error).__name__
         problem = f"not readable ({told}); the records up to it were read"
@@ -53,7 +87,7 @@ def read(name: str, file: IO[bytes], unit: Unit, extractor: Extractor) -> Record
     return records
 
 
-def _collect(name: str, file: IO[bytes], path: str, rows: list[Row]) -> None:
+def _collect(name: str, file: Any, rows: list[Row]) -> None:
     """Fill `rows` with the records of a file. Raises ImportError, and what datatrove and the libraries below raise."""
     from datatrove.io import DataFolder
     from datatrove.pipeline import readers
@@ -72,7 +106,8 @@ def _collect(name: str, file: IO[bytes], path: str, rows: list[Row]) -> None:
     folder = DataFolder("/", fs=_one_file(file), auto_mkdir=False)
     reader = getattr(readers, READERS[name])(folder, adapter=adapter)
     with _warnings(rows.append):
-        for _ in reader.read_file(path.replace("\\", "/").rpartition("/")[2]):
+        # Named without a suffix: what is compressed is decoded here.
+        for _ in reader.read_file("file"):
             pass
 
 
@@ -87,14 +122,14 @@ def _fields(data: dict[str, Any]) -> dict[str, Any]:
     return (metadata | data) if isinstance(metadata, dict) else data
 
 
-def _one_file(file: IO[bytes]) -> Any:
+def _one_file(file: Any) -> Any:
     """A file system whose only file is open already: what this package's own reading of stores gives."""
     from fsspec.spec import AbstractFileSystem
 
     class OneFile(AbstractFileSystem):  # type: ignore[misc]
         cachable = False
 
-        def _open(self, path: str, mode: str = "rb", **_: Any) -> IO[bytes]:
+        def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
             return file
 
     return OneFile()

@@ -11,6 +11,8 @@ from data_scheduler.formats.compression import Codec, Damage, decoded
 from data_scheduler.formats.records import Records, Unit
 
 READ_BYTES = 1 << 20
+TAIL_BYTES = 16 << 10
+"""First read past a range for the rest of its last line, doubled while the line goes on."""
 BOM = b"\xef\xbb\xbf"
 
 
@@ -124,10 +126,11 @@ def byte_range(file: IO[bytes], start: int, stop: int, limit: int) -> Iterator[b
         at += len(piece)
         ended = piece.endswith(b"\n")
         yield piece
-    over = 0
-    while not ended and over <= limit and (piece := file.read(READ_BYTES)):
+    over, ahead = 0, TAIL_BYTES
+    while not ended and over <= limit and (piece := file.read(ahead)):
         end = piece.find(b"\n")
         over += len(piece)
+        ahead = min(2 * ahead, READ_BYTES)
         ended = end >= 0
         yield piece[: end + 1] if ended else piece
 

@@ -18,7 +18,7 @@ from data_scheduler.formats.records import Records, Unit
 from data_scheduler.formats.token_index import TokenIndex
 
 GAP_BYTES = 1 << 20
-"""Bytes between documents that are read and thrown away rather than asked for around: a remote request costs as much."""
+"""Bytes between documents that are read and thrown away rather than skipped: a remote request costs as much."""
 
 
 class Vocabulary(NamedTuple):
