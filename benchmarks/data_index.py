@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from data_scheduler import DataConfig, Scheduler
 from data_scheduler.blocks import cut
 from data_scheduler.encoder import load_encoder
-from data_scheduler.formats.compression import CODECS, TextStream
+from data_scheduler.formats.compression import CODECS, decoded
 from data_scheduler.journal import Journal
 from data_scheduler.layout_index import LayoutIndex
 from data_scheduler.manifest import Manifest, check_unchanged
@@ -172,10 +172,10 @@ def copying(folder: Path) -> dict[str, float]:
     path = next((folder / "large").iterdir())
     begun = time.process_time()
     with open(path, "rb") as file:
-        text = sum(len(piece) for piece in TextStream(file, CODECS[".zst"]))
+        text = sum(len(piece) for piece in decoded(file, CODECS[".zst"]))
     decompressed = time.process_time()
     with open(path, "rb") as file, open(folder / "copy", "wb") as copy:
-        for _ in write_copy(copy, "key", cut(TextStream(file, CODECS[".zst"]), 1 << 20)):
+        for _ in write_copy(copy, "key", cut(decoded(file, CODECS[".zst"]), 1 << 20, 100_000_000)):
             pass
     copied = time.process_time()
     opened = Copy(folder / "copy", "key")

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import lzma
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_scheduler.blocks import Block, cut
 from data_scheduler.formats import compression
-from data_scheduler.formats.compression import CODECS, TextStream
+from data_scheduler.formats.compression import CODECS, decoded
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -31,7 +32,7 @@ lines = st.lists(
 
 
 def blocks_of(packed: bytes, suffix: str, size: int) -> list[Block]:
-    return list(cut(TextStream(io.BytesIO(packed), CODECS[suffix]), size))
+    return list(cut(decoded(io.BytesIO(packed), CODECS[suffix]), size, 1 << 30))
 
 
 def expected(text: bytes, size: int) -> list[tuple[int, bytes]]:
@@ -93,7 +94,32 @@ def test_damage_is_in_the_block_of_the_line_it_fell_into(suffix: str, size: int)
         assert at == 0 or text[at - 1] == 10
 
 
-def test_a_line_longer_than_memory_for_blocks_belongs_where_it_begins() -> None:
-    text = b"a\n" + b"x" * 1_000_000 + b"\nb\n"
-    found = blocks_of(gzip.compress(text), ".gz", 16)
-    assert [(block.number, len(block.data)) for block in found] == [(0, 1_000_003), (1_000_003 // 16, 2)]
+@given(
+    st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=20),
+    st.integers(1, 64),
+    st.integers(1, 40),
+    st.integers(1, 10),
+)
+def test_long_lines_are_cut_short_where_a_reader_still_sees_it(
+    lines: list[bytes], size: int, longest: int, piece: int
+) -> None:
+    text = b"".join(line + b"\n" for line in lines)
+    pieces = [text[at : at + piece] for at in range(0, len(text), piece)]
+    found = list(cut(iter(pieces), size, longest))
+    whole = list(cut(iter(pieces), size, 1 << 30))
+    assert [block.number for block in found] == [block.number for block in whole]
+    for short, full in zip(found, whole, strict=True):
+        for kept, line in zip(short.data.split(b"\n"), full.data.split(b"\n"), strict=True):
+            assert line.startswith(kept)
+            assert kept == line or len(kept) > max(longest, size)
+            assert len(kept) <= max(longest, size) + 1 + piece
+
+
+def test_memory_is_bounded_by_the_longest_line_that_is_kept() -> None:
+    endless = itertools.chain([b"a\n"], itertools.repeat(b"x" * 1000, 20_000), [b"\nb\n"])
+    tracemalloc.start()
+    found = list(cut(endless, 16, 5000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(block.number, len(block.data)) for block in found] == [(0, 2 + 5001 + 1), (20_000_003 // 16, 2)]
+    assert peak < 100_000

@@ -2,7 +2,7 @@
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_scheduler.chunks import HELD_TEXT, Chunk, Piece, cut_pieces
@@ -14,6 +14,7 @@ pieces = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(pieces, st.integers(1024, 8 << 20), st.integers(1, 300))
 def test_chunks_cover_every_unit(found: list[tuple[int, str]], chunk_bytes: int, lanes: int) -> None:
     own = [Piece(Unit(str(number), 0, -1), size, how) for number, (size, how) in enumerate(found)]

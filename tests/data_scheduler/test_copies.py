@@ -77,9 +77,9 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def __init__(self, codec: Codec) -> None:
             self._inner = codec.stream()
 
-        def decompress(self, data: bytes) -> bytes:
+        def decompress(self, data: bytes, limit: int) -> bytes:
             given.append(len(data))
-            found: bytes = self._inner.decompress(data)
+            found: bytes = self._inner.decompress(data, limit)
             given[-1] -= len(self._inner.unused_data)
             return found
 
