@@ -8,6 +8,7 @@
 A copy is used for large units (`Chunk.copied`), and for text that turns out larger than it was taken for.
 """
 
+import contextlib
 import itertools
 import os
 import zlib
@@ -80,9 +81,11 @@ class PartReader:
                 return unreadable(error.cause)
         layout = self._row_groups.get(unit.path)
         if layout is not None and chunk.copied:
-            packed = self._copied(chunk)
-            if packed is not None:
-                return row_parts.read(packed[0].data, extractor)
+            # What cannot be copied because it cannot be read is rejected below, where small units are.
+            with contextlib.suppress(_Unreadable):
+                packed = self._copied(chunk)
+                if packed is not None:
+                    return row_parts.read(packed[0].data, extractor)
         whole = self._cache.get((self._config.name, unit), lambda: self._units.read(unit))
         if layout is not None:
             return whole.only(chunk.rows(len(whole.documents)))
@@ -150,7 +153,7 @@ class PartReader:
         lengths = [len(chunk._replace(part=part).rows(total)) for part in range(chunk.parts)]
         try:
             with self._units.open(unit.path) as file:
-                packed = row_parts.pack(file, unit, kind, self._units.extractor.columns, lengths)
+                packed = row_parts.pack(file, unit, kind, self._units.extractor, lengths)
                 yield from itertools.starmap(Block, enumerate(packed))
         except (OSError, ValueError, IndexError, MemoryError, pa.ArrowException) as error:
             self._undecodable.add(unit)

@@ -14,12 +14,13 @@ BATCH_ROWS = 1024
 """Rows decoded at a time: 4 MB at 4 KB a document."""
 
 
-def pack(file: IO[bytes], unit: Unit, kind: str, wanted: list[str], lengths: Sequence[int]) -> Iterator[bytes]:
+def pack(file: IO[bytes], unit: Unit, kind: str, extractor: Extractor, lengths: Sequence[int]) -> Iterator[bytes]:
     """A row group (`kind` parquet) or record batch (arrow) as parts of `lengths` rows, read once from front to back.
 
     In memory for one part of a parquet file, and for the whole batch of an Arrow file. Raises OSError, ValueError or
-    pa.ArrowException when the unit or a wanted column cannot be read, or holds fewer rows than its file says.
+    pa.ArrowException when the unit cannot be read, would be rejected as a whole, or holds fewer rows than its file says.
     """
+    wanted = extractor.columns
     batches = _parquet(file, unit, wanted) if kind == "parquet" else _arrow(file, unit, wanted)
     table: Any = None
     for length in lengths:
@@ -29,6 +30,8 @@ def pack(file: IO[bytes], unit: Unit, kind: str, wanted: list[str], lengths: Seq
                 raise ValueError("it holds fewer rows than its file says")
             more = pa.Table.from_batches([batch])
             columns.check(more)
+            if table is None:
+                _refuse_useless(more, extractor)
             table = more if table is None else pa.concat_tables([table, more])
         sink = pa.BufferOutputStream()
         with pyarrow.ipc.new_stream(sink, table.schema) as writer:
@@ -63,3 +66,11 @@ def _find(names: list[str], wanted: list[str]) -> None:
     for name in wanted:
         if names.count(name) != 1:
             raise ValueError(f"column {name!r} is there {names.count(name)} times")
+
+
+def _refuse_useless(table: Any, extractor: Extractor) -> None:
+    """Raise ValueError when something is wrong with the columns: that is one reject of the unit, not one of each part."""
+    none = Records()
+    columns.add_table(table.slice(0, 0), extractor, none)
+    if none.rejects:
+        raise ValueError(none.rejects[0].reason)

@@ -272,6 +272,29 @@ def test_row_groups_are_read_through_copies(
         assert [int(record) for _, _, record, _ in found[1]] == [n for n in range(3000) if n % 97 == 5]
 
 
+@pytest.mark.parametrize("trouble", ["damaged", "no column", "not text"])
+def test_a_row_group_that_cannot_be_copied_is_rejected_as_without_copies(
+    data_config: Make, tmp_path: Path, trouble: str
+) -> None:
+    path = tmp_path / "x.parquet"
+    texts = [f"{n} " + "water " * (n % 50) for n in range(3000)]
+    column = pa.array(range(3000)) if trouble == "not text" else pa.array(texts)
+    pq.write_table(pa.table({"body" if trouble == "no column" else "text": column}), path, row_group_size=1000)
+    if trouble == "damaged":
+        data = bytearray(path.read_bytes())
+        data[20:400] = bytes(380)
+        path.write_bytes(bytes(data))
+    source = {"name": "rows", "paths": [str(path)], "max_reject_fraction": 1.0}
+    config = data_config(sources=[source], cache_dir=str(tmp_path / "cache"), chunk_bytes=1024)
+    encoder = load_encoder(config.tokenizer)
+    found = everything(Scheduler(config, encoder=encoder).readers[0])
+    off = config.model_copy(update={"cache_max_bytes": 0})
+    assert everything(Scheduler(off, encoder=encoder).readers[0]) == found
+    assert found[1]
+    assert len(found[1]) == (1 if trouble == "damaged" else 3)
+    assert len(list((tmp_path / "cache" / "copies").glob("*.blocks"))) == (2 if trouble == "damaged" else 0)
+
+
 # -- what can go wrong ------------------------------------------------------------------------------------------------
 
 
