@@ -18,7 +18,7 @@ def pack(file: IO[bytes], unit: Unit, kind: str, extractor: Extractor, lengths: 
     """A row group (`kind` parquet) or record batch (arrow) as parts of `lengths` rows, read once from front to back.
 
     In memory for one part of a parquet file, and for the whole batch of an Arrow file. Raises OSError, ValueError or
-    pa.ArrowException when the unit cannot be read, would be rejected as a whole, or holds fewer rows than its file says.
+    pa.ArrowException when the unit cannot be read, would be rejected as a whole, or has fewer rows than its file says.
     """
     wanted = extractor.columns
     batches = _parquet(file, unit, wanted) if kind == "parquet" else _arrow(file, unit, wanted)
@@ -69,7 +69,7 @@ def _find(names: list[str], wanted: list[str]) -> None:
 
 
 def _refuse_useless(table: Any, extractor: Extractor) -> None:
-    """Raise ValueError when something is wrong with the columns: that is one reject of the unit, not one of each part."""
+    """Raise ValueError when something is wrong with the columns: one reject of the unit, not one of each part."""
     none = Records()
     columns.add_table(table.slice(0, 0), extractor, none)
     if none.rejects:
