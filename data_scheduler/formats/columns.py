@@ -4,6 +4,7 @@ An Arrow *file* (feather) says where its batches are; an Arrow *stream* (what `d
 beginning up to the batches asked for.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -38,11 +39,12 @@ def read_parquet(file: IO[bytes], unit: Unit, extractor: Extractor) -> Records:
     """The rows of the unit's row groups. Raises OSError."""
 
     def load() -> pa.Table:
+        size = file.seek(0, io.SEEK_END)
         parquet = _parquet(file)
         names = parquet.schema_arrow.names
         wanted = extractor.columns if set(extractor.columns) <= set(names) else names
         for index in range(unit.start, unit.stop):
-            _refuse_bomb(parquet.metadata.row_group(index))
+            _refuse_bomb(parquet.metadata.row_group(index), size)
         return parquet.read_row_groups(range(unit.start, unit.stop), columns=wanted, use_threads=False)
 
     return _read(load, extractor)
@@ -112,11 +114,12 @@ def _parquet(file: IO[bytes]) -> Any:
     )
 
 
-def _refuse_bomb(group: Any) -> None:
-    columns = [group.column(index) for index in range(group.num_columns)]
-    packed = sum(max(0, column.total_compressed_size) for column in columns)
-    size = sum(max(0, column.total_uncompressed_size) for column in columns)
-    if size > BOMB_BYTES and size > MOST_EXPANSION * packed:
+def _refuse_bomb(group: Any, size: int) -> None:
+    """Raise ArrowInvalid for a row group that claims far more text than its file of `size` bytes can hold.
+
+    Only the group's own numbers are asked for: where the footer is damaged, `group.column(i)` ends the process.
+    """
+    if group.total_byte_size > max(BOMB_BYTES, MOST_EXPANSION * size):
         raise pa.ArrowInvalid(f"a row group that expands more than {MOST_EXPANSION} times, which text does not")
 
 
