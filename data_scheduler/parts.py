@@ -15,14 +15,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from data_scheduler.blocks import Block, cut
 from data_scheduler.chunks import Chunk
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.copies import CopyFolder
 from data_scheduler.copy_file import Copy, DamagedCopy
-from data_scheduler.formats import lines, row_parts
+from data_scheduler.formats import columns, lines, row_parts
 from data_scheduler.formats.compression import CODECS, decoded
 from data_scheduler.formats.records import Records, Unit
 from data_scheduler.manifest import Manifest
@@ -155,7 +153,7 @@ class PartReader:
             with self._units.open(unit.path) as file:
                 packed = row_parts.pack(file, unit, kind, self._units.extractor, lengths)
                 yield from itertools.starmap(Block, enumerate(packed))
-        except (OSError, ValueError, IndexError, MemoryError, pa.ArrowException) as error:
+        except (*columns.BROKEN, RuntimeError) as error:
             self._undecodable.add(unit)
             raise _Unreadable(OSError(str(error))) from None
 

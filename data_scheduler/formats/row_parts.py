@@ -1,5 +1,6 @@
 """A large row group in parts that can be read alone: each an Arrow stream of the columns a source needs."""
 
+import io
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -17,8 +18,8 @@ BATCH_ROWS = 1024
 def pack(file: IO[bytes], unit: Unit, kind: str, extractor: Extractor, lengths: Sequence[int]) -> Iterator[bytes]:
     """A row group (`kind` parquet) or record batch (arrow) as parts of `lengths` rows, read once from front to back.
 
-    In memory for one part of a parquet file, and for the whole batch of an Arrow file. Raises OSError, ValueError or
-    pa.ArrowException when the unit cannot be read, would be rejected as a whole, or has fewer rows than its file says.
+    In memory for one part of a parquet file, and for the whole batch of an Arrow file. Raises one of
+    columns.BROKEN when the unit cannot be read, would be rejected as a whole, or has fewer rows than its file says.
     """
     wanted = extractor.columns
     batches = _parquet(file, unit, wanted) if kind == "parquet" else _arrow(file, unit, wanted)
@@ -28,8 +29,7 @@ def pack(file: IO[bytes], unit: Unit, kind: str, extractor: Extractor, lengths: 
             batch = next(batches, None)
             if batch is None:
                 raise ValueError("it holds fewer rows than its file says")
-            more = pa.Table.from_batches([batch])
-            columns.check(more)
+            more = pa.Table.from_batches([columns.checked(batch)])
             if table is None:
                 _refuse_useless(more, extractor)
             table = more if table is None else pa.concat_tables([table, more])
@@ -51,13 +51,19 @@ def _parquet(file: IO[bytes], unit: Unit, wanted: list[str]) -> Iterator[Any]:
     parquet = columns.open_parquet(file)
     _find(parquet.schema_arrow.names, wanted)
     groups = list(range(unit.start, unit.stop))
+    size = file.seek(0, io.SEEK_END)
     for group in groups:
-        columns.refuse_bomb(parquet.metadata.row_group(group))
+        columns.refuse_bomb(parquet.metadata.row_group(group), size)
     yield from parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted, use_threads=False)
 
 
 def _arrow(file: IO[bytes], unit: Unit, wanted: list[str]) -> Iterator[Any]:
-    for batch in columns.batches(file, unit.start, unit.stop):
+    batches = columns.Batches(file)
+    batches.skip(unit.start)
+    for _ in range(unit.start, unit.stop):
+        batch = batches.next()
+        if batch is None:
+            return
         _find(batch.schema.names, wanted)
         yield batch.select(wanted)
 
