@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -234,6 +235,18 @@ def test_rejects_name_the_same_record_every_time(data_config: Make, tmp_path: Pa
     starts = [0, *(at + 1 for at, byte in enumerate(text) if byte == 10)]
     own = [at for at in starts if begin <= at < end and text[at : at + 2] != b"\r\n"]
     assert text[own[int(number)] :].startswith(b"{broken")
+
+
+def test_a_remote_file_is_copied_like_a_local_one(data_config: Make, tmp_path: Path) -> None:
+    packed = zstandard.compress(text_of(1200))
+    (tmp_path / "x.jsonl.zst").write_bytes(packed)
+    fsspec.filesystem("memory").pipe_file("/copies/x.jsonl.zst", packed)
+    local = Scheduler(one_file(data_config, tmp_path / "x.jsonl.zst", tmp_path / "cache"))
+    source = {"name": "big", "paths": ["memory://copies/x.jsonl.zst"], "max_reject_fraction": 1.0}
+    remote = Scheduler(data_config(sources=[source], cache_dir=str(tmp_path / "cache")))
+    assert steps(remote, 5) == steps(local, 5)
+    assert len(list((tmp_path / "cache" / "copies").glob("*.blocks"))) == 2
+    fsspec.filesystem("memory").rm("/copies", recursive=True)
 
 
 # -- large row groups -------------------------------------------------------------------------------------------------
