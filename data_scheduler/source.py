@@ -59,6 +59,7 @@ class SourceReader:
         self._hands: OrderedDict[int, list[Int64]] = OrderedDict()
         self._records_read = 0
         self._records_rejected = 0
+        self._last_reject: RejectedRecord | None = None
         self._original = manifest
         self.grow([])
         if not self.chunks:
@@ -152,14 +153,15 @@ class SourceReader:
             number, within = self.record_number(chunk, records, reject.record)
             where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
             self.rejects.append(RejectedRecord(self.config.name, path, where, reject.reason))
+            self._last_reject = self.rejects[-1]
         if records.rejects and self.config.on_error == "stop":
             first = self.rejects[-len(records.rejects)]
             raise DataError(
                 f"source {first.source!r}: {first.file}, record {first.record}: {first.reason} (on_error is `stop`)"
             )
         limit = self.config.max_reject_fraction
-        if self._records_read >= REJECT_GRACE and self._records_rejected > limit * self._records_read:
-            last = self.rejects[-1]
+        last = self._last_reject  # `rejects` may have been handed over since
+        if last and self._records_read >= REJECT_GRACE and self._records_rejected > limit * self._records_read:
             raise DataError(
                 f"source {last.source!r}: {self._records_rejected} of {self._records_read} records rejected, past "
                 f"max_reject_fraction={limit:g}; the last: {last.file}, record {last.record}: {last.reason}"

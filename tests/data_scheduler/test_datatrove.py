@@ -96,7 +96,8 @@ def test_a_broken_warc_is_a_reject_after_its_good_pages(tmp_path: Path) -> None:
         for damaged in (data[:-100], data[:-1], data[:-300] + b"\xff" * 300):
             (tmp_path / name).write_bytes(damaged)
             documents, rejects, _ = kinds(read(tmp_path / name))
-            assert documents == ["<html><body>water wheel</body></html>"]
+            # Where only the last byte is missing the last page is whole.
+            assert documents == [PAGES[0][1].decode(), PAGES[2][1].decode()][: 1 + (damaged == data[:-1])]
             assert len(rejects) == 1
             assert "records up to" in rejects[0][1]
     (tmp_path / "y.warc.gz").write_bytes(b"no archive at all")
