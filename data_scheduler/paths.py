@@ -87,10 +87,21 @@ def _expand_local(pattern: str, wanted: str) -> dict[str, int]:
     for match in matches:
         if os.path.isdir(match):
             below = (str(path) for path in Path(match).rglob("*") if path.is_file())
-            files.update({path: os.path.getsize(path) for path in below if _is_known(path, wanted)})
+            files.update({path: _local_size(path) for path in below if _is_known(path, wanted)})
         else:
-            files[match] = os.path.getsize(match)
+            files[match] = _local_size(match)
     return files
+
+
+def _local_size(path: str) -> int:
+    """Bytes of a file. Raises ConfigError for what cannot be read or be named in the journal."""
+    try:
+        path.encode()
+        return os.path.getsize(path)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{path!r}: the name of the file is not UTF-8; rename it") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror} (a link that leads nowhere?)") from None
 
 
 def _is_known(path: str, wanted: str = "auto") -> bool:
