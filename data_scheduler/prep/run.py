@@ -7,7 +7,6 @@ The folder remembers what it was made from (`prep.json`); going on with anything
 tasks would not be of the same kind as new ones.
 """
 
-import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -37,8 +36,10 @@ def prepare(config: PrepConfig) -> Outcome:
     Raises ConfigError for what the user can mend (paths, models, packages, a folder that belongs to another
     preparation) and DataError when a task fails.
     """
-    if importlib.util.find_spec("datatrove") is None:
-        raise ConfigError("preparing data needs datatrove: pip install 'headrace[prep]'")
+    try:
+        import datatrove  # noqa: F401
+    except ImportError:
+        raise ConfigError("preparing data needs datatrove: pip install 'headrace[prep]'") from None
     files = expand(config.input.paths, "input.paths")
     for path, _ in files:
         kind, _ = file_kind(path, config.input.format)

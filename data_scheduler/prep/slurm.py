@@ -9,6 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
+from typing import Any
 
 from datatrove.executor import SlurmPipelineExecutor
 from datatrove.utils.logging import logger
@@ -18,14 +20,26 @@ from data_scheduler.prep.plan import Pass
 from headrace.errors import ConfigError
 
 
+class _Job(SlurmPipelineExecutor):
+    """Gives each task its own blocks: datatrove's would carry their counts on to the job's next task."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        pipeline = self.pipeline
+        self.pipeline = deepcopy(pipeline)
+        try:
+            return super()._run_for_rank(rank, local_rank, node_rank)
+        finally:
+            self.pipeline = pipeline
+
+
 def submit_passes(passes: list[Pass], executor: SlurmExecutor) -> None:
     """Submit the passes' unfinished tasks. Raises ConfigError when there is no sbatch, or it refuses a job."""
     if shutil.which("sbatch") is None:
         raise ConfigError("executor: there is no sbatch on this machine; start this where jobs are submitted")
     logger.remove()
-    job: SlurmPipelineExecutor | None = None
+    job: _Job | None = None
     for one in passes:
-        job = SlurmPipelineExecutor(
+        job = _Job(
             one.pipeline,
             one.tasks,
             executor.time,
