@@ -255,7 +255,7 @@ class PrepConfig(StrictModel):
     keep_removed: bool = False
     """Keep removed documents in `removed/<step>/`."""
     words: str = "plain"
-    """How words are told apart: `plain` (runs of letters and digits; nothing to install), or a language code of
+    """How words are told apart: `plain` (by spaces and punctuation; nothing to install), or a language code of
     datatrove's word tokenizers (`pip install 'datatrove[multilingual]'`), for languages without spaces."""
     executor: Annotated[LocalExecutor | SlurmExecutor, Field(discriminator="kind")] = LocalExecutor()
     """Where it runs."""

@@ -1,5 +1,6 @@
 """`headrace data prep`: filter, deduplicate and score raw documents before training."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ def prep(
         return
     if outcome.was_done:
         print(f"{settings.out} is complete; nothing to do")
-    Console(markup=False).print(_table(outcome.report, settings.out))
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(_table(outcome.report, settings.out))
 
 
 def _table(report: dict[str, Any], out: str) -> Table:

@@ -386,7 +386,7 @@ SRUN = 'import os, sys; at = sys.argv.index("launch_pickled_pipeline"); os.execv
 def test_slurm_jobs_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """datatrove's own job scripts and pickles; sbatch and srun are stand-ins that run the scripts here at once."""
     documents = {f"{number}": page(number % 4) for number in range(6)}
-    settings = small(tmp_path, documents, [{"kind": "exact_dedup"}, {"kind": "length"}])
+    settings = small(tmp_path, documents, [{"kind": "length"}])
     (tmp_path / "in" / "1.jsonl").write_text(json.dumps({"text": page(3)}) + "\n")
     run(settings)
     slurm = {
@@ -412,8 +412,8 @@ def test_slurm_jobs_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     script = (tmp_path / "jobs" / "work" / "00-read" / "launch_script.slurm").read_text()
     for line in ("--partition=cpu", "--time=01:00:00", "--array=0-0", "--account=a", "--job-name=prep-00-read"):
         assert f"#SBATCH {line}\n" in script
-    jobs = [(tmp_path / f"job-{number}").read_text() for number in range(8)]
-    assert ["--dependency=afterok" in job.split("\n")[0] for job in jobs[::2]] == [False, True, True, True]
+    jobs = [(tmp_path / f"job-{number}").read_text() for number in range(4)]
+    assert ["--dependency=afterok" in job.split("\n")[0] for job in jobs[::2]] == [False, True]
     assert contents(tmp_path / "jobs") == contents(tmp_path / "out")
 
 
