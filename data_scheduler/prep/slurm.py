@@ -23,6 +23,8 @@ from headrace.errors import ConfigError
 class _Job(SlurmPipelineExecutor):
     """Gives each task its own blocks: datatrove's would carry their counts on to the job's next task."""
 
+    pipeline: list[Any]
+
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         pipeline = self.pipeline
         self.pipeline = deepcopy(pipeline)
