@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         learning_rate=3e-3,
         lr_scheduler_type="constant",
         ignore_data_skip=True,
+        use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,

@@ -41,20 +41,29 @@ def config(tmp_path: Path, data_config: Callable[..., DataConfig]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "needs"), [("plain_pytorch", "torch"), ("hf_trainer", "accelerate"), ("lightning_module", "lightning")]
-)
-def test_a_killed_example_goes_on_as_if_nothing_had_happened(
-    name: str, needs: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip(needs)
-    example, out = load(name), tmp_path / "killed"
-    arguments = ["--config", str(config), "--steps", "10", "--save-every", "4", "--out"]
-    example.main([*arguments, str(tmp_path / "whole")])
+ARGUMENTS = ["--steps", "10", "--save-every", "4"]
+
+
+def whole_run(example: Any, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Steps:
+    example.main([*ARGUMENTS, "--config", str(config), "--out", str(tmp_path / "whole")])
     whole = parse(capsys.readouterr().out)
     assert list(whole) == list(range(10))
+    return whole
 
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments, str(out)]
+
+def resumed_run(example: Any, config: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> Steps:
+    example.main([*ARGUMENTS, "--config", str(config), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "resumed" in printed
+    return parse(printed)
+
+
+def test_a_killed_loop_goes_on_as_if_nothing_had_happened(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example, out = load("plain_pytorch"), tmp_path / "killed"
+    whole = whole_run(example, config, tmp_path, capsys)
+    command = [sys.executable, example.__file__, *ARGUMENTS, "--config", str(config), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
@@ -66,16 +75,40 @@ def test_a_killed_example_goes_on_as_if_nothing_had_happened(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     killed = parse(printed)
-    assert list(killed) == list(range(7))
-
-    example.main([*arguments, str(out)])
-    printed = capsys.readouterr().out
-    assert "resumed" in printed
-    resumed = parse(printed)
+    resumed = resumed_run(example, config, out, capsys)
     # The process may have come to the next checkpoint between its line and the signal.
     assert list(resumed) in (list(range(4, 10)), list(range(8, 10)))
-    assert killed | resumed == whole
     assert killed.items() <= whole.items()
+    assert resumed.items() <= whole.items()
+
+
+class Interrupted(Exception):
+    """Nothing that a framework knows how to treat."""
+
+
+@pytest.mark.parametrize(("name", "needs"), [("hf_trainer", "accelerate"), ("lightning_module", "lightning")])
+def test_an_interrupted_framework_goes_on_as_if_nothing_had_happened(
+    name: str, needs: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(needs)
+    example, out = load(name), tmp_path / "interrupted"
+    whole = whole_run(example, config, tmp_path, capsys)
+
+    def print_until_step_6(text: str, **options: Any) -> None:
+        print(text, **options)
+        if text.startswith("step 6 "):
+            raise Interrupted
+
+    example.print = print_until_step_6
+    with pytest.raises(Interrupted):
+        example.main([*ARGUMENTS, "--config", str(config), "--out", str(out)])
+    interrupted = parse(capsys.readouterr().out)
+    assert list(interrupted) == list(range(7))
+    example.print = print
+    resumed = resumed_run(example, config, out, capsys)
+    assert list(resumed) == list(range(4, 10))
+    assert interrupted.items() <= whole.items()
+    assert resumed.items() <= whole.items()
 
 
 def test_positions_keep_transformers_inside_documents(config: Path) -> None:
