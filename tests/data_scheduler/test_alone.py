@@ -48,6 +48,12 @@ NUMPY = """
 from data_scheduler import Scheduler
 print(batch_sha256(next(Scheduler(config)).digests))
 assert "torch" not in sys.modules
+try:
+    from data_scheduler import DataScheduler
+except ImportError as error:
+    assert str(error).startswith("DataScheduler needs torch"), error
+else:
+    raise AssertionError
 """
 TORCH = """
 from data_scheduler import DataScheduler
