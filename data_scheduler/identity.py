@@ -10,8 +10,12 @@ from data_scheduler.manifest import Manifest
 from data_scheduler.reading import UnitReader, layout_units
 from headrace.errors import ConfigError
 
-FIXED_KEYS = ("seed", "lanes", "chunk_bytes", "packing")
+FIXED_KEYS = ("seed", "lanes", "packing", "document_start", "document_end", "chunk_bytes")
 """Settings that define what a lane's state means; a run keeps them for life."""
+SOURCE_KEYS = (
+    "paths", "format", "text_key", "template", "where", "prompt", "masked_key", "loss_weight", "loss_weight_key"
+)  # fmt: skip
+"""What a source keeps from when it entered the run."""
 SAMPLE_BYTES = 4 << 20
 """Sources whose first file is at most this large have some of its documents encoded by both encoders at start."""
 
@@ -23,9 +27,10 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
         raise ConfigError(f"{journal.path}: the journal does not begin with run_started; it is not a run's journal")
     old = started.data["data"]
     for key in FIXED_KEYS:
-        if old[key] != getattr(config, key):
+        asked = getattr(config, key)
+        if old[key] != asked and not (key == "chunk_bytes" and asked is None):
             raise ConfigError(
-                f"data.{key} is {getattr(config, key)!r} but the run in {journal.path} began with {old[key]!r}; "
+                f"data.{key} is {asked!r} but the run in {journal.path} began with {old[key]!r}; "
                 "keep it, or start a new run folder"
             )
     if started.data["tokenizer"] != fingerprint:
@@ -44,7 +49,7 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
         if source.name not in sources:
             continue
         before = sources[source.name]
-        for key in ("paths", "format", "text_key", "template", "where"):
+        for key in SOURCE_KEYS:
             if before.get(key) != getattr(source, key):
                 raise ConfigError(
                     f"data.sources.{source.name}.{key} was {before.get(key)!r} when the source entered the run; "

@@ -31,6 +31,8 @@ Kind = Literal[
     "lr_scale",
     "quarantine",
     "source_added",
+    "limits",
+    "capped",
     "reject",
     "checkpoint",
     "rollback",

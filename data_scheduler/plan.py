@@ -52,6 +52,19 @@ class Timeline:
         self.by = [by for _, _, by in kept]
 
 
+@dataclass(frozen=True)
+class Cap:
+    """The end of a source."""
+
+    source: str
+    max_epochs: int
+    """The limit its lanes reached."""
+    reported: int
+    """Step in which the last lane was found to be through."""
+    step: int
+    """First step without the source."""
+
+
 class Plan:
     """Mixture weights and batch shape as functions of the step, kept up to date as events are appended."""
 
@@ -60,6 +73,10 @@ class Plan:
         """name → weight"""
         self.shape = Timeline()
         """{"seq_len", "global_batch_size"}"""
+        self.limits = Timeline()
+        """name → max_epochs, None for no limit"""
+        self.capped: dict[str, Cap] = {}
+        """Sources of which every lane has reached its limit."""
         for event in journal.events:
             self.apply(event)
 
@@ -69,6 +86,17 @@ class Plan:
             self.mixture.put(event.step, event.data["weights"], event.by)
         elif event.kind == "stage":
             self.shape.put(event.step, event.data, event.by)
+        elif event.kind == "limits":
+            self.limits.put(event.step, event.data["max_epochs"], event.by)
+        elif event.kind == "capped":
+            self.capped[event.data["source"]] = Cap(**event.data, step=event.step)
         elif event.kind in ("resumed", "rollback"):
-            self.mixture.take_back(event.step)
-            self.shape.take_back(event.step)
+            for timeline in (self.mixture, self.shape, self.limits):
+                timeline.take_back(event.step)
+            # A cap follows from what training reported; a step that was trained before the resumption stays reported.
+            self.capped = {name: cap for name, cap in self.capped.items() if cap.reported < event.step}
+
+    def is_capped(self, source: str, step: int) -> bool:
+        """Whether the source gives nothing at `step` because it has reached the limit that holds there."""
+        cap = self.capped.get(source)
+        return cap is not None and cap.step <= step and self.limits.at(step).get(source) == cap.max_epochs

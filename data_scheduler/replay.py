@@ -13,9 +13,13 @@ import numpy as np
 
 from data_scheduler.batch import ORDINAL_BITS, Batch
 from data_scheduler.config import DataConfig
+from data_scheduler.encoder import Encoder
+from data_scheduler.formats.records import Document, MarkedText
 from data_scheduler.identity import source_configs
 from data_scheduler.journal import Journal
-from data_scheduler.order import Int64
+from data_scheduler.lane import LaneStream, Position
+from data_scheduler.packers import PACKERS
+from data_scheduler.packing import Carry
 from data_scheduler.plan import Plan
 from data_scheduler.scheduler import Scheduler
 from data_scheduler.source import SourceReader
@@ -77,19 +81,25 @@ def trace(run_dir: str | Path, step: int, slot: int | None = None) -> list[Trace
     return [document for row in rows for document in _trace_row(batch, row, readers)]
 
 
+def _text(document: Document | None, encoder: Encoder) -> str:
+    if isinstance(document, MarkedText):
+        return document.text
+    return document if isinstance(document, str) else "" if document is None else encoder.decode(document)
+
+
 def _trace_row(batch: Batch, row: int, readers: list[SourceReader]) -> Iterator[TracedDocument]:
     reader = readers[int(batch.source_ids[row])]
     edges = [*batch.starts[row].tolist(), batch.tokens.shape[1]]
     for number, document in enumerate(batch.segment_ids[row].tolist()):
         chunk, place = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
         unit = reader.chunks[chunk].unit
-        begin = int(batch.offsets[row]) if number == 0 else 0
+        begin = int(batch.offsets[row][number])
         length = edges[number + 1] - edges[number]
         found = reader.records(chunk)[0].documents[place]
-        text = found if isinstance(found, str) or found is None else reader.encoder.decode(found)
+        text = _text(found, reader.encoder)
         record, within = reader.record_number(unit, place)
         yield TracedDocument(
-            int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text or ""
+            int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text
         )
 
 
@@ -121,20 +131,21 @@ def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[Ledg
         next(scheduler)
     state = scheduler.state_dict()
     asked = _asked(scheduler.plan, scheduler.names, at)
-    drawn = np.asarray(state["drawn"])
-    total = max(1, int(drawn.sum()))
+    given = np.asarray(state["given"]).sum(axis=0)
+    total = max(1, int(given[:, 0].sum()))
     rows = []
     for number, reader in enumerate(scheduler.readers):
-        positions = np.asarray(state["positions"])[:, number]
+        places = [scheduler.place(lane, number) for lane in range(scheduler.config.lanes)]
+        sequences, tokens = given[number].tolist()
         rows.append(
             LedgerRow(
                 reader.config.name,
-                int(drawn[number]),
-                int(np.asarray(state["tokens"])[number]),
+                sequences,
+                tokens,
                 asked[number],
-                float(drawn[number]) / total,
-                _epochs(reader, positions),
-                _documents_seen(reader, positions),
+                sequences / total,
+                _epochs(reader, [position for position, _ in places]),
+                _documents_seen(reader, places, scheduler.config.packing),
             )
         )
     return at, rows
@@ -152,27 +163,31 @@ def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
     return [asked[name] / max(1, sequences) for name in names]
 
 
-def _epochs(reader: SourceReader, positions: Int64) -> float:
+def _epochs(reader: SourceReader, positions: list[Position]) -> float:
     done = 0.0
-    for lane, (epoch, cursor, _, _) in enumerate(positions.tolist()):
+    for lane, (epoch, cursor, _, _) in enumerate(positions):
         done += epoch + cursor / max(1, len(reader.hand(epoch, lane)))
     return done / len(positions)
 
 
-def _documents_seen(reader: SourceReader, positions: Int64) -> list[int]:
+def _documents_seen(reader: SourceReader, places: list[tuple[Position, Carry]], packing: str) -> list[int]:
     """How many documents were seen 0, 1, 2, … times. Reads every chunk once."""
     documents = [reader.records(chunk)[1] for chunk in range(len(reader.chunks))]
-    seen = [np.zeros(len(places), dtype=np.int64) for places in documents]
-    for lane, (epoch, cursor, document, token) in enumerate(positions.tolist()):
-        for past in range(epoch):
+    seen = [np.zeros(len(ordinals), dtype=np.int64) for ordinals in documents]
+    for lane, (position, carry) in enumerate(places):
+        for past in range(position.epoch):
             for chunk in reader.hand(past, lane).tolist():
                 seen[chunk] += 1
-        hand = reader.hand(epoch, lane).tolist()
-        for chunk in hand[:cursor]:
+        hand = reader.hand(position.epoch, lane).tolist()
+        for chunk in hand[: position.cursor]:
             seen[chunk] += 1
-        if cursor < len(hand):
-            _, order = reader.documents(hand[cursor], epoch)
-            begun = order[: document + (1 if token else 0)]
-            seen[hand[cursor]][np.isin(documents[hand[cursor]], begun)] += 1
+        if position.cursor < len(hand):
+            chunk = hand[position.cursor]
+            order = reader.order(chunk, len(documents[chunk]), position.epoch)
+            seen[chunk][order[: position.document + (1 if position.token else 0)]] += 1
+        if carry.bins > 0:  # what was given of the packer's open window comes on top
+            for document in PACKERS[packing](LaneStream(reader, lane, position), carry).begun().tolist():
+                chunk, ordinal = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
+                seen[chunk][documents[chunk].searchsorted(ordinal)] += 1
     counts = np.bincount(np.concatenate(seen)) if documents else np.zeros(1, dtype=np.int64)
     return [int(count) for count in counts]

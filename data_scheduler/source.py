@@ -6,7 +6,7 @@ import numpy as np
 
 from data_scheduler.batch import RejectedRecord
 from data_scheduler.config import DataConfig, SourceConfig
-from data_scheduler.encoder import Encoder
+from data_scheduler.encoder import Encoder, Tokens
 from data_scheduler.formats.records import Document, Records, Unit
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, deal, permutation
@@ -14,8 +14,22 @@ from data_scheduler.reading import UnitReader, layout_units
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError
 
+HANDS_CHUNKS = 1 << 18
+"""Chunks in dealings that are kept, 8 bytes each, besides the last three."""
 REJECT_GRACE = 1000
 """Records read before `max_reject_fraction` is enforced; a bad first record is not a bad source."""
+
+
+def boundary_tokens(data: DataConfig, encoder: Encoder) -> tuple[Tokens, Tokens]:
+    """(what begins a document, what ends it), uint32[0 or 1] each. Raises ConfigError when there is no such token."""
+    none = np.empty(0, np.uint32)
+    if data.document_start == "bos" and encoder.bos_id is None:
+        raise ConfigError(
+            "data.document_start is `bos`, but the tokenizer names no token that begins a document; name it as "
+            "`bos_token` in tokenizer_config.json beside the tokenizer, or leave document_start at `none`"
+        )
+    start = none if data.document_start == "none" else np.array([encoder.bos_id], np.uint32)
+    return start, none if data.document_end == "none" else np.array([encoder.eos_id], np.uint32)
 
 
 class SourceReader:
@@ -27,10 +41,14 @@ class SourceReader:
         """Raises ConfigError when the source has no data."""
         self.config = config
         self.manifest = manifest
-        self.chunks = manifest.chunks(config, data.chunk_bytes, data.lanes)
+        self.chunks = manifest.chunks(config, data.settled_chunk_bytes, data.lanes)
         if not self.chunks:
             raise ConfigError(f"source {config.name!r} has no data")
         self.encoder = encoder
+        self.token_dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
+        self.document_start, self.document_end = boundary_tokens(data, encoder)
+        self.max_epochs = config.max_epochs
+        """Epochs after which lanes stop giving this source; the scheduler sets it to what the journal says."""
         self._units = UnitReader(config, encoder.eos_id, encoder.vocab_size)
         self.seed = data.seed
         self.lanes = data.lanes
@@ -48,15 +66,20 @@ class SourceReader:
             order = permutation(len(self.chunks), self.seed, "chunks", self.config.name, epoch)
             lanes = permutation(self.lanes, self.seed, "lanes", self.config.name, epoch)
             self._hands[epoch] = deal(self._sizes, order, lanes)
-            while len(self._hands) > 3:  # lanes are at most an epoch apart in a healthy source
+            # Lanes of a large source are an epoch apart at most; those of one with few documents drift far apart, and a
+            # dealing of 500 chunks costs as much as 100 sequences.
+            while len(self._hands) > max(3, HANDS_CHUNKS // len(self.chunks)):
                 self._hands.popitem(last=False)
         return self._hands[epoch][lane]
+
+    def order(self, chunk: int, documents: int, epoch: int) -> Int64:
+        """In which order an epoch takes the chunk's documents: a permutation of their numbers, int64[documents]."""
+        return permutation(documents, self.seed, "documents", self.config.name, epoch, chunk)
 
     def documents(self, chunk: int, epoch: int) -> tuple[list[Document], Int64]:
         """(documents, ordinals) of the chunk in this epoch's order. Raises DataError past the reject limit."""
         records, ordinals = self.records(chunk)
-        order = permutation(len(ordinals), self.seed, "documents", self.config.name, epoch, chunk)
-        shuffled = ordinals[order]
+        shuffled = ordinals[self.order(chunk, len(ordinals), epoch)]
         found = records.documents
         return [document for ordinal in shuffled.tolist() if (document := found[ordinal]) is not None], shuffled
 

@@ -6,7 +6,21 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Document = str | npt.NDArray[np.uint32]
+
+class MarkedText(NamedTuple):
+    """Text of which some stretches carry no loss, or all of which has a weight of its own in the loss."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    """(text, whether its tokens are learned). Each piece is encoded by itself, so that no token spans an edge."""
+    weight: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(text for text, _ in self.pieces)
+
+
+Document = str | MarkedText | npt.NDArray[np.uint32]
 """Text, or token ids of data that was tokenized before."""
 
 
