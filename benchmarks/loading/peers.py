@@ -10,8 +10,8 @@ gigatoken (so that the rest of the loader is compared), in batches where the loa
 
 import json
 import tempfile
-from collections.abc import Iterator
-from itertools import cycle
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,17 @@ class Rows:
         full = len(flat) // self.length
         self._rest = flat[full * self.length :]
         yield from flat[: full * self.length].reshape(full, self.length)
+
+
+def epochs(one: Callable[[int], Iterable[Any]]) -> Iterator[Any]:
+    """Epoch after epoch, from 1."""
+    for epoch in count(1):
+        empty = True
+        for batch in one(epoch):
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("an epoch has no batch: the corpus is too small for this loader")
 
 
 # -- from text -------------------------------------------------------------------------------------------------------
@@ -275,7 +286,7 @@ def mosaic(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
     streams = [streaming.Stream(local=str(folder / name), proportion=w) for name, w in spec["weights"].items()]
     dataset = Tokens(streams=streams, batch_size=spec["batch"], shuffle=True, shuffle_seed=0)
     loader = streaming.StreamingDataLoader(dataset, batch_size=spec["batch"], num_workers=0)
-    return (batch.numel() for _ in cycle([0]) for batch in loader)
+    return (batch.numel() for batch in epochs(lambda _: loader))
 
 
 def litdata(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
@@ -290,13 +301,14 @@ def litdata(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
     ]
     mixed = CombinedStreamingDataset(parts, weights=list(spec["weights"].values()), iterate_over_all=False)
     loader = StreamingDataLoader(mixed, batch_size=spec["batch"], num_workers=0)
-    return (batch.numel() for _ in cycle([0]) for batch in loader)
+    return (batch.numel() for batch in epochs(lambda _: loader))
 
 
 class _Eod:
     """What GPTDataset asks of a tokenizer."""
 
-    eod = pad = 0
+    eod = 0
+    pad = -1
     vocab_size = corpus.VOCAB_SIZE
     unique_identifiers = {"class": "headrace benchmark"}  # noqa: RUF012
 
@@ -305,8 +317,11 @@ def megatron(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
     """megatron-core: GPTDataset per source, BlendedDataset, torch's DataLoader."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from torch import distributed
     from torch.utils.data import DataLoader
 
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     folder = _copy(spec, split, "megatron")
     prefixes = [str(folder / name) for name in spec["weights"]]
     config = GPTDatasetConfig(
@@ -324,7 +339,7 @@ def megatron(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
     samples = (spec["tokens"] if split == "main" else spec["warm_tokens"]) // spec["seq_len"] + spec["batch"]
     built = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()
     loader = DataLoader(built[0], batch_size=spec["batch"], shuffle=False, num_workers=0, drop_last=True)
-    return (batch["tokens"].numel() for _ in cycle([0]) for batch in loader)
+    return (batch["tokens"].numel() for batch in epochs(lambda _: loader))
 
 
 def olmo(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
@@ -357,13 +372,11 @@ def olmo(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
         display_source_visualization=False,
     )
 
-    def batches() -> Iterator[int]:
-        for epoch in cycle([1, 2, 3]):
-            loader.reshuffle(epoch=epoch)
-            for batch in loader:
-                yield batch["input_ids"].numel()
+    def one_epoch(epoch: int) -> Any:
+        loader.reshuffle(epoch=epoch)
+        return loader
 
-    return batches()
+    return (batch["input_ids"].numel() for batch in epochs(one_epoch))
 
 
 ARMS: dict[str, Arm] = {
