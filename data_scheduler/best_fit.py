@@ -17,6 +17,7 @@ their idea in bounded memory and with exact resume.
 """
 
 from bisect import bisect_left, insort
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -67,14 +68,14 @@ class BestFitPacker:
         width, filled = len(row), 0
         parts: list[tuple[int, Segments]] = []
         while filled < width:
-            window = self._window or self._open(width, WINDOW, filled)
+            window = self._window if self._window is not None else self._open(width, WINDOW, filled)
             taken = self._carry.taken
-            count = min(width - filled, len(window.tokens) - taken)
+            count = min(width - filled, len(window) - taken)
             row[filled : filled + count], segments = window.cut(taken, count)
             parts.append((filled, segments))
             filled += count
             self._carry = self._carry._replace(taken=taken + count)
-            if taken + count == len(window.tokens):
+            if taken + count == len(window):
                 self._start, self._carry, self._window = self._stream.position, Carry(), None
         return join(parts, width)
 
@@ -82,10 +83,10 @@ class BestFitPacker:
         """Documents of the open window of which some tokens were given, but for one that began before the window."""
         if self._window is None:
             return np.zeros(0, np.int64)
-        items = self._items[self._window.begins < self._carry.taken]
+        items = set(self._items[: bisect_left(self._window.begins, self._carry.taken)])
         if self._cut_at_start:
-            items = items[items > 0]
-        ids: Int64 = self._ids[np.unique(items)]
+            items.discard(0)
+        ids: Int64 = self._ids[sorted(items)]
         return ids
 
     def _open(self, width: int, bins: int, head: int) -> Stretch:
@@ -106,7 +107,7 @@ class BestFitPacker:
         whole[0] = segments.offsets[0] == 0
         whole[-1] &= self._stream.at_document_start
         pieces = lay_out(np.diff(edges), whole, width, bins, head)
-        self._items, self._ids = np.array([piece.item for piece in pieces], np.int64), segments.document_ids
+        self._items, self._ids = [piece.item for piece in pieces], segments.document_ids
         self._cut_at_start = not whole[0]
         self._window = _rearrange(tokens, segments, pieces)
         self._carry = Carry(0, width, bins, head)
@@ -165,15 +166,15 @@ def _place(piece: Piece, gaps: list[tuple[int, int]], contents: list[list[Piece]
 
 def _rearrange(tokens: AnyTokens, segments: Segments, pieces: list[Piece]) -> Stretch:
     """The window's tokens with its pieces in their new order."""
-    items = np.array([piece.item for piece in pieces], np.int64)
-    within = np.array([piece.begin for piece in pieces], np.int64)
-    lengths = np.array([piece.length for piece in pieces], np.int64)
-    source = segments.starts.astype(np.int64)[items] + within
-    spans = list(zip(source.tolist(), (source + lengths).tolist(), strict=True))
-    begins = np.zeros(len(pieces), np.int64)
-    np.cumsum(lengths[:-1], out=begins[1:])
-    moved = np.concatenate([tokens[begin:end] for begin, end in spans])
+    starts, offsets = segments.starts.tolist(), segments.offsets.tolist()
+    spans = [(starts[item] + begin, starts[item] + begin + length) for item, begin, length in pieces]
     weights = segments.weights
     if weights is not None:
         weights = np.concatenate([weights[begin:end] for begin, end in spans])
-    return Stretch(moved, begins, segments.document_ids[items], segments.offsets[items] + within, weights)
+    return Stretch(
+        np.concatenate([tokens[begin:end] for begin, end in spans]),
+        list(accumulate([piece.length for piece in pieces[:-1]], initial=0)),
+        segments.document_ids[[piece.item for piece in pieces]],
+        [offsets[item] + begin for item, begin, _ in pieces],
+        weights,
+    )

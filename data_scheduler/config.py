@@ -4,6 +4,8 @@ Everything that shapes the order of the data is here and nowhere else, so that t
 journal are enough to replay a run.
 """
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,8 +34,12 @@ class SourceConfig(StrictModel):
     """Files, folders, glob patterns or fsspec URLs. Sorted before use, so their order here does not matter."""
     val_paths: list[str] = []
     """Held-out files of the same kind; evaluated separately, never trained on."""
-    format: Literal["auto", "jsonl", "parquet", "arrow", "csv", "text", "npy", "megatron"] = "auto"
-    """`auto` goes by the file name; `.gz`, `.zst`, `.bz2` and `.xz` are recognised behind jsonl, csv and text."""
+    format: Literal[
+        "auto", "jsonl", "parquet", "arrow", "csv", "text", "npy", "megatron", "ds",
+        "datatrove:warc", "datatrove:jsonl", "datatrove:csv", "datatrove:parquet", "datatrove:ipc",
+    ] = "auto"  # fmt: skip
+    """`auto` goes by the file name; `.gz`, `.zst`, `.bz2` and `.xz` are recognised behind jsonl, csv and text.
+    `datatrove:<reader>` reads with datatrove's reader of that name."""
     text_key: str = "text"
     """Field or column that holds the text; dots go into nested objects."""
     template: str | None = None
@@ -57,6 +63,9 @@ class SourceConfig(StrictModel):
     """What a malformed record does: `skip` counts it and goes on, `stop` ends the run."""
     max_reject_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
     """Past this share of rejected records (once 1,000 records were read) the run stops with a data error."""
+    max_document_bytes: Annotated[int, Field(ge=1)] = 100_000_000
+    """A longer record or text is rejected: 100 MB are 25 million tokens, twenty times the longest book, and take
+    some 300 MB of memory while they are read."""
 
     @model_validator(mode="after")
     def _expressions_are_understood(self) -> "SourceConfig":
@@ -108,10 +117,22 @@ class DataConfig(StrictModel):
     but at least 64 KiB and at most 4 MiB, so that all lanes of all sources are open in about 1 GB."""
     prefetch: Annotated[int, Field(ge=0)] = 2
     """Steps prepared ahead in a background thread; 0 prepares them in the caller's."""
+    cache_dir: str | None = None
+    """Folder for an index of files, and for copies of large compressed files that can be read in pieces;
+    `$XDG_CACHE_HOME/headrace` or `~/.cache/headrace` when not given. Runs, ranks and nodes may share it, and it may be
+    deleted when no run uses it; the data does not depend on it."""
+    cache_max_bytes: Annotated[int, Field(ge=0)] = 100 << 30
+    """Disk space for copies; past it those used longest ago are removed. 0: make none."""
     policy: PolicyConfig = PolicyConfig()
     """Who sets the mixture weights."""
     fast_tokenizer: bool = True
     """Use the fast exact encoder where it reproduces the tokenizer token for token; otherwise `tokenizers`."""
+
+    def cache_folder(self) -> Path:
+        """Where the index of files and the copies are."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace"
 
     @property
     def settled_chunk_bytes(self) -> int:

@@ -13,6 +13,8 @@ from data_scheduler.template import template_parts
 from headrace.errors import ConfigError
 
 ROW = "__row__"
+BIGGEST_EXACT = 2.0**63
+"""JSON numbers from here on are read as floats."""
 
 
 class Extractor:
@@ -33,6 +35,9 @@ class Extractor:
         fields = [field for _, field in self.parts + self.prompt] + [self.masked_key or "", self.weight_key or ""]
         self.columns = sorted(_roots([field for field in fields if field]) | _roots(self.filter_fields))
         """Top-level fields needed; column formats read only these."""
+        self.text_columns = sorted({field for _, field in self.parts if field} - set(self.filter_fields))
+        """Fields that are text whatever they look like, for formats whose types are guessed."""
+        self.max_bytes = config.max_document_bytes
 
     @property
     def is_plain(self) -> bool:
@@ -44,12 +49,15 @@ class Extractor:
             and "." not in self.text_key
         )
 
-    def add(self, rows: Sequence[Mapping[str, Any] | str], records: Records) -> None:
-        """Add every row to `records` as document, reject or left out. A row that is a str is a reason to reject it."""
+    def add(self, rows: Sequence[Mapping[str, Any] | str | None], records: Records) -> None:
+        """Add every row to `records` as document, reject or left out. A row that is a str is a reason to reject it, one
+        that is None was left out before."""
         kept, unlike = self._filter(rows)
         for number, row in enumerate(rows):
             if isinstance(row, str):
                 records.reject(row)
+            elif row is None:
+                records.leave_out()
             elif number in unlike:
                 records.reject(unlike[number])
             elif kept is not None and number not in kept:
@@ -57,12 +65,26 @@ class Extractor:
             else:
                 self._add_text(row, records)
 
+    def too_long(self, size: int) -> str:
+        """The reason to reject a record of `size` bytes or more."""
+        return f"longer than max_document_bytes={self.max_bytes} ({size} bytes or more)"
+
+    def add_document(self, text: str, records: Records, marked: MarkedText | None = None) -> None:
+        """Add a text (as `marked`, where given) as a document, or as a reject when it is too long."""
+        # A character is at most four bytes; only what may be too long is measured.
+        if 4 * len(text) > self.max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > self.max_bytes:
+            records.reject(self.too_long(size))
+        else:
+            records.documents.append(text if marked is None else marked)
+
     def _add_text(self, row: Mapping[str, Any], records: Records) -> None:
         try:
             text = _fill(self.parts, row, self.is_template)
-            records.documents.append(self._marked(text, row) if self.is_marked else text)
+            marked = self._marked(text, row) if self.is_marked else None
         except _Unusable as problem:
             records.reject(str(problem))
+        else:
+            self.add_document(text, records, marked)
 
     def _marked(self, text: str, row: Mapping[str, Any]) -> MarkedText:
         """The text with what carries no loss marked, and its weight. Raises _Unusable."""
@@ -79,21 +101,42 @@ class Extractor:
             weight = float(value)
         return MarkedText(tuple(piece for piece in pieces if piece[0]), weight)
 
-    def _filter(self, rows: Sequence[Mapping[str, Any] | str]) -> tuple[set[int] | None, dict[int, str]]:
+    def _filter(self, rows: Sequence[Mapping[str, Any] | str | None]) -> tuple[set[int] | None, dict[int, str]]:
         """(numbers of the rows the filter keeps, None without a filter; reasons to reject rows of unlike types)."""
         unlike: dict[int, str] = {}
         if self.where is None:
             return None, unlike
-        good = {number: row for number, row in enumerate(rows) if not isinstance(row, str)}
+        good = {number: row for number, row in enumerate(rows) if isinstance(row, Mapping)}
         for field in self.filter_fields:
             unlike |= _unlike(field, {number: lookup(row, field) for number, row in good.items()})
         numbers = [number for number in good if number not in unlike]
-        table = {field: pa.array([lookup(good[number], field) for number in numbers]) for field in self.filter_fields}
+        table = {field: _array([lookup(good[number], field) for number in numbers]) for field in self.filter_fields}
+        whole = pa.table(table | {ROW: pa.array(numbers, pa.int64())})
         try:
-            kept = pa.table(table | {ROW: pa.array(numbers, pa.int64())}).filter(self.where)[ROW]
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            return self._kept(whole), unlike
+        except pa.ArrowInvalid:
+            # Division by zero, overflow: the fault of single rows, so each is asked for itself.
+            kept: set[int] = set()
+            for place, number in enumerate(numbers):
+                try:
+                    kept |= self._kept(whole.slice(place, 1))
+                except pa.ArrowInvalid as error:
+                    unlike[number] = f"where: {str(error).splitlines()[0]}"
+            return kept, unlike
+
+    def _kept(self, table: pa.Table) -> set[int]:
+        """Numbers of the rows for which the filter holds. Raises ConfigError when such kinds cannot be compared."""
+        try:
+            return set(table.filter(self.where)[ROW].to_pylist())
+        except pa.ArrowNotImplementedError as error:
             raise ConfigError(f"source {self.name!r}: where: {str(error).splitlines()[0]}") from None
-        return set(kept.to_pylist()), unlike
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    """Values of one kind; numbers are floats where one of them is no 64-bit integer."""
+    if any(isinstance(value, float) or (isinstance(value, int) and abs(value) >= BIGGEST_EXACT) for value in values):
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array(values)
 
 
 class _Unusable(Exception):
@@ -110,6 +153,8 @@ def _fill(parts: Sequence[tuple[str, str]], row: Mapping[str, Any], numbers: boo
         value = lookup(row, field)
         if not (isinstance(value, str) or (numbers and _kind(value) == "a number")):
             raise _Unusable(f"field {field!r} is " + ("missing" if value is None else "not text"))
+        if isinstance(value, float) and abs(value) >= BIGGEST_EXACT:
+            raise _Unusable(f"field {field!r} is a number past 64 bits, whose digits are lost")
         pieces.append(str(value))
     return "".join(pieces)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data_scheduler.config import DataConfig
+from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.formats.records import Unit
 from data_scheduler.journal import Journal
 from data_scheduler.manifest import Manifest
@@ -13,7 +13,8 @@ from headrace.errors import ConfigError
 FIXED_KEYS = ("seed", "lanes", "packing", "document_start", "document_end", "chunk_bytes")
 """Settings that define what a lane's state means; a run keeps them for life."""
 SOURCE_KEYS = (
-    "paths", "format", "text_key", "template", "where", "prompt", "masked_key", "loss_weight", "loss_weight_key"
+    "paths", "format", "text_key", "template", "where", "prompt", "masked_key", "loss_weight", "loss_weight_key",
+    "max_document_bytes",
 )  # fmt: skip
 """What a source keeps from when it entered the run."""
 SAMPLE_BYTES = 4 << 20
@@ -50,7 +51,7 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
             continue
         before = sources[source.name]
         for key in SOURCE_KEYS:
-            if before.get(key) != getattr(source, key):
+            if before.get(key, SourceConfig.model_fields[key].default) != getattr(source, key):
                 raise ConfigError(
                     f"data.sources.{source.name}.{key} was {before.get(key)!r} when the source entered the run; "
                     "add changed data as a new source"

@@ -4,14 +4,14 @@ A `LaneStream` is an endless run of tokens: per epoch the lane's chunks in dealt
 a seeded permutation, each with the boundary tokens the configuration asks for. Where it stands is a `Position`, and
 from a position alone the stream continues exactly: opening it reads one chunk, whatever came before.
 
-A chunk is encoded when it is opened, from the document where the lane stands to the chunk's end: sequences are then cut
-from an array at memory speed (2 µs each), where going document by document costs a microsecond and a half a document.
+A chunk is read when it is opened and encoded some 64 KB at a time; sequences are then cut from an array.
 """
 
+from bisect import bisect_right
 from typing import NamedTuple
 
 from data_scheduler.batch import Segments
-from data_scheduler.chunk_tokens import open_chunk
+from data_scheduler.chunk_tokens import OpenChunk
 from data_scheduler.order import Int64
 from data_scheduler.source import SourceReader
 from data_scheduler.stretch import AnyTokens, Stretch, join
@@ -58,6 +58,7 @@ class LaneStream:
         self._epoch, self._cursor, self._document, self._at = position
         # `_at` is the place in the stretch of the next token; before one is open, in the document where it will begin.
         self._stretch: Stretch | None = None
+        self._chunk: OpenChunk | None = None
 
     @property
     def at_document_start(self) -> bool:
@@ -69,8 +70,8 @@ class LaneStream:
         """Where the next token stands."""
         if self._stretch is None:
             return Position(self._epoch, self._cursor, self._document, self._at)
-        place = int(self._stretch.begins.searchsorted(self._at, "right")) - 1
-        token = self._at - int(self._stretch.begins[place]) + int(self._stretch.offsets[place])
+        place = bisect_right(self._stretch.begins, self._at) - 1
+        token = self._at - self._stretch.begins[place] + self._stretch.offsets[place]
         return Position(self._epoch, self._cursor, self._document + place, token)
 
     def take(self, out: Int64 | AnyTokens) -> Segments:
@@ -78,60 +79,64 @@ class LaneStream:
 
         Raises ExhaustedError when there are fewer left; the stream then stands at its end and `out` is of no use.
         """
+        length = len(out)
+        stretch = self._stretch
+        if stretch is not None and len(stretch) - self._at > length:  # the usual case
+            out[:], segments = stretch.cut(self._at, length)
+            self._at += length
+            if self._at >= COMPACT_TOKENS:
+                self._compact()
+            return segments
         parts: list[tuple[int, Segments]] = []
-        filled, length = 0, len(out)
+        filled = 0
         while filled < length:
-            stretch = self._stretch or self._next(filled)
-            count = min(length - filled, len(stretch.tokens) - self._at)
-            tokens, segments = stretch.cut(self._at, count)
-            out[filled : filled + count] = tokens
+            stretch = self._stretch if self._stretch is not None else self._open_next(filled)
+            count = min(length - filled, len(stretch) - self._at)
+            out[filled : filled + count], segments = stretch.cut(self._at, count)
             parts.append((filled, segments))
             filled += count
             self._at += count
-            if self._at == len(stretch.tokens):  # the next chunk is not opened before it is asked for
-                self._cursor, self._document, self._at, self._stretch = self._cursor + 1, 0, 0, None
+            if self._at == len(stretch):
+                # What comes next is not read before it is asked for; whether the chunk has more, it knows.
+                self._document, self._at, self._stretch = self._document + len(stretch.begins), 0, None
         self._compact()
         return join(parts, length)
 
     def _compact(self) -> None:
         """Let go of tokens that were used: open chunks are most of what a scheduler holds in memory."""
         stretch = self._stretch
-        if stretch is None or self._at < COMPACT_TOKENS or 2 * self._at < len(stretch.tokens):
-            return
-        begins, at = stretch.begins, self._at
-        place = int(begins.searchsorted(at, "right")) - 1
-        offsets = stretch.offsets[place:].copy()
-        offsets[0] += at - begins[place]
-        moved = begins[place:] - at
-        moved[0] = 0
-        weights = None if stretch.weights is None else stretch.weights[at:].copy()
-        tokens, ids = stretch.tokens[at:].copy(), stretch.ids[place:].copy()
-        self._stretch = Stretch(tokens, moved, ids, offsets, weights, stretch.has_empty)
-        self._document += place
-        self._at = 0
+        if stretch is not None and self._at >= COMPACT_TOKENS and 2 * self._at >= len(stretch):
+            self._stretch, gone = stretch.tail(self._at)
+            self._document += gone
+            self._at = 0
 
-    def _next(self, filled: int) -> Stretch:
-        """Open the chunk at (epoch, cursor), moving on while there is no document left there.
+    def _open_next(self, filled: int) -> Stretch:
+        """Encode what comes next in the chunk at (epoch, cursor), moving on when there is no document left there.
 
         Raises ExhaustedError, saying how many tokens had been `filled` in, or DataError.
         """
         reader, empty_epochs = self._reader, 0
         while True:
-            if reader.max_epochs is not None and self._epoch >= reader.max_epochs:
-                raise ExhaustedError(filled)
-            hand = reader.hand(self._epoch, self._lane)
-            if self._cursor < len(hand):
-                stretch = open_chunk(reader, int(hand[self._cursor]), self._epoch, self._document)
-                if stretch is not None and len(stretch.tokens):
-                    self._stretch = stretch
-                    return stretch
-                self._cursor += 1
+            if self._chunk is None:
+                if reader.max_epochs is not None and self._epoch >= reader.max_epochs:
+                    raise ExhaustedError(filled)
+                hand = reader.hand(self._epoch, self._lane)
+                if self._cursor == len(hand):
+                    empty_epochs += 1
+                    if empty_epochs > EMPTY_EPOCHS:
+                        raise DataError(
+                            f"source {reader.config.name!r} has too few documents for {reader.lanes} lanes; "
+                            "give it more data or lower data.lanes"
+                        )
+                    self._epoch, self._cursor = self._epoch + 1, 0
+                    continue
+                self._chunk = OpenChunk(reader, int(hand[self._cursor]), self._epoch, self._document)
+            stretch = self._chunk.encode_group()
+            if stretch is None:
+                self._chunk = None
+                self._cursor, self._document, self._at = self._cursor + 1, 0, 0
+            elif len(stretch) == 0:
+                self._document += len(stretch.begins)
             else:
-                empty_epochs += 1
-                if empty_epochs > EMPTY_EPOCHS:
-                    raise DataError(
-                        f"source {reader.config.name!r} has too few documents for {reader.lanes} lanes; "
-                        "give it more data or lower data.lanes"
-                    )
-                self._epoch, self._cursor = self._epoch + 1, 0
-            self._document, self._at = 0, 0
+                self._stretch = stretch
+                return stretch

@@ -36,7 +36,7 @@ class TracedDocument(NamedTuple):
     record: int
     """Number of the record in the file, counted from 0; in the byte range `within` where there is one."""
     within: tuple[int, int] | None
-    """Byte range of the file the record is counted in; None: the whole file."""
+    """Byte range of the file's text (decompressed) the record is counted in; None: the whole file."""
     token_start: int
     token_stop: int
     """The document's tokens [token_start, token_stop) are in the batch; the last may be the end-of-document token."""
@@ -95,9 +95,9 @@ def _trace_row(batch: Batch, row: int, readers: list[SourceReader]) -> Iterator[
         unit = reader.chunks[chunk].unit
         begin = int(batch.offsets[row][number])
         length = edges[number + 1] - edges[number]
-        found = reader.records(chunk)[0].documents[place]
-        text = _text(found, reader.encoder)
-        record, within = reader.record_number(unit, place)
+        records, _ = reader.records(chunk)
+        text = _text(records.documents[place], reader.encoder)
+        record, within = reader.record_number(chunk, records, place)
         yield TracedDocument(
             int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text
         )

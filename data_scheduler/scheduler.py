@@ -30,6 +30,7 @@ from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import check_same_run, sample_texts
 from data_scheduler.journal import Event, Journal, Kind
 from data_scheduler.lane import ExhaustedError, LaneStream, Position
+from data_scheduler.layout_index import LayoutIndex
 from data_scheduler.manifest import Manifest, check_unchanged
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
 from data_scheduler.order import Int64
@@ -92,7 +93,8 @@ class Scheduler:
         known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
         for manifest in known.values():
             check_unchanged(manifest)
-        new = {source.name: Manifest.take(source) for source in config.sources if source.name not in known}
+        index = LayoutIndex(config.cache_folder() / "index.sqlite")
+        new = {source.name: Manifest.take(source, index) for source in config.sources if source.name not in known}
         manifests = known | new
         self.encoder = encoder or load_encoder(
             config.tokenizer, fast=config.fast_tokenizer, samples=sample_texts(config, manifests)

@@ -7,9 +7,10 @@ import numpy as np
 from data_scheduler.batch import RejectedRecord
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, Tokens
-from data_scheduler.formats.records import Document, Records, Unit
+from data_scheduler.formats.records import Document, Records
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, deal, permutation
+from data_scheduler.parts import PartReader
 from data_scheduler.reading import UnitReader, layout_units
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError
@@ -49,12 +50,12 @@ class SourceReader:
         self.document_start, self.document_end = boundary_tokens(data, encoder)
         self.max_epochs = config.max_epochs
         """Epochs after which lanes stop giving this source; the scheduler sets it to what the journal says."""
-        self._units = UnitReader(config, encoder.eos_id, encoder.vocab_size)
+        units = UnitReader(config, encoder.eos_id, encoder.vocab_size, dict(manifest.files))
+        self._parts = PartReader(config, manifest, data, units, cache)
         self.seed = data.seed
         self.lanes = data.lanes
         self.rejects: list[RejectedRecord] = []
         """Newly met rejects, in the order met; the scheduler empties it into each batch."""
-        self._cache = cache
         self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
         self._hands: OrderedDict[int, list[Int64]] = OrderedDict()
         self._records_read = 0
@@ -84,40 +85,37 @@ class SourceReader:
         return [document for ordinal in shuffled.tolist() if (document := found[ordinal]) is not None], shuffled
 
     def records(self, chunk: int) -> tuple[Records, Int64]:
-        """The records of a chunk's unit, and the places in it of the chunk's own good documents."""
-        unit, part, parts, _ = self.chunks[chunk]
-
-        def read() -> Records:
-            return self._units.read(unit)
-
-        if parts > 1:
-            records, fresh = self._cache.get(self.config.name, unit, read)
-        else:
-            records, fresh = read(), True
-        if fresh:
-            self._account(unit, records)
+        """The records of a chunk, and the places among them of the good documents."""
+        records = self._parts.read(self.chunks[chunk])
+        self._account(chunk, records)
         found = records.documents
         if not records.rejects and not records.filtered:
-            return records, np.arange(part, len(found), parts, dtype=np.int64)
-        own = [place for place in range(part, len(found), parts) if found[place] is not None]
-        return records, np.array(own, dtype=np.int64)
+            return records, np.arange(len(found), dtype=np.int64)
+        good = [place for place, document in enumerate(found) if document is not None]
+        return records, np.array(good, dtype=np.int64)
 
-    def record_number(self, unit: Unit, place: int) -> tuple[int, tuple[int, int] | None]:
-        """(number of a record, byte range it is counted in): rows and lines are counted in the file where that is known
-        without reading what comes before."""
+    def record_number(self, chunk: int, records: Records, place: int) -> tuple[int, tuple[int, int] | None]:
+        """(number of a chunk's record, byte range of the file's text it is counted in): rows and lines are counted in
+        the file where that is known without reading what comes before."""
+        unit, part, parts, _, block, _ = self.chunks[chunk]
         layout = self.manifest.row_groups.get(unit.path)
         if layout is not None:
-            units = layout_units(unit.path, self.config.format, layout)
-            return sum(rows for rows, _ in layout[: units.index(unit)]) + place, None
-        return place, None if unit.stop < 0 else (unit.start, unit.stop)
+            at = layout_units(unit.path, self.config.format, layout).index(unit)
+            first = self.chunks[chunk].rows(layout[at][0]).start
+            return sum(rows for rows, _ in layout[:at]) + first + place, None
+        if block and records.blocks:
+            first, number = next(found for found in reversed(records.blocks) if found[0] <= place)
+            return place - first, (number * block, (number + 1) * block)
+        return (place if block else part + parts * place), None if unit.stop < 0 else (unit.start, unit.stop)
 
-    def _account(self, unit: Unit, records: Records) -> None:
+    def _account(self, chunk: int, records: Records) -> None:
+        path = self.chunks[chunk].unit.path
         self._records_read += len(records.documents) - records.filtered
         self._records_rejected += len(records.rejects)
         for reject in records.rejects:
-            number, within = self.record_number(unit, reject.record)
+            number, within = self.record_number(chunk, records, reject.record)
             where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
-            self.rejects.append(RejectedRecord(self.config.name, unit.path, where, reject.reason))
+            self.rejects.append(RejectedRecord(self.config.name, path, where, reject.reason))
         if records.rejects and self.config.on_error == "stop":
             first = self.rejects[-len(records.rejects)]
             raise DataError(

@@ -66,11 +66,12 @@ class State:
 
     def consume(self, touched: list[Touched], owed: Int64, batch: int, width: int) -> None:
         """Count one step as delivered: `batch` sequences over all ranks, of `width` tokens each."""
-        rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32)
-        where = tuple(np.array([(lane, source) for lane, source, *_ in touched], dtype=np.int64).reshape(-1, 2).T)
-        self.positions[where] = rows.reshape(-1, 8)  # of a pair that was touched twice the last place stays
-        counted = rows.reshape(-1, 8)[:, 6:7] != EXHAUSTED
-        np.add.at(self.given, where, counted * np.array([1, width], dtype=np.int64))
+        sources = len(self.names)
+        places = [lane * sources + source for lane, source, _, _ in touched]
+        rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32).reshape(-1, 8)
+        self.positions.reshape(-1, 8)[places] = rows  # of a pair that was touched twice the last place stays
+        given = [place for place, (*_, carry) in zip(places, touched, strict=True) if carry.bins != EXHAUSTED]
+        np.add.at(self.given.reshape(-1, 2), given, (1, width))
         self.owed = owed
         self.step += 1
         self.sequences += batch

@@ -51,6 +51,8 @@ class Records:
     """Records that the source's `where` left out."""
     size: int = 0
     """Bytes of text, for caches."""
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    """Line files: (place of its first record, number) of every block these records were read from."""
 
     def reject(self, reason: str) -> None:
         """Record the next record as unusable."""
@@ -61,3 +63,9 @@ class Records:
         """Record the next record as filtered out."""
         self.filtered += 1
         self.documents.append(None)
+
+    def only(self, places: range) -> "Records":
+        """The records at `places`, as if they were all."""
+        documents = [self.documents[place] for place in places]
+        rejects = [Reject(places.index(place), reason) for place, reason in self.rejects if place in places]
+        return Records(documents, rejects, sum(document is None for document in documents) - len(rejects))

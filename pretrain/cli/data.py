@@ -1,4 +1,4 @@
-"""`headrace data …`: make a sample corpus, and look at what a run has been given."""
+"""`headrace data …`: make a sample corpus, look at a run's files ahead of it, and at what a run has been given."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from headrace.errors import ConfigError
 
-app = typer.Typer(help="Sample corpus, replay, trace, ledger.", no_args_is_help=True)
+app = typer.Typer(help="Sample corpus, index, replay, trace, ledger.", no_args_is_help=True)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
@@ -35,6 +35,52 @@ def sample(
             f"{source.bytes / 1e6:.1f}",
         )
     Console().print(table)
+
+
+@app.command()
+def index(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    copies: Annotated[bool, typer.Option("--copies", help="Make the copies of large files that a run would.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Look at every file of CONFIG's sources: how they will be cut, what is wrong with them.
+
+    A run that follows opens no file twice. With --copies it also finds the copies that it needs.
+    """
+    from data_scheduler.index_report import index_sources, make_copies
+    from pretrain.config import load_config
+
+    data = load_config(config, overrides or []).data
+    found = list(index_sources(data))
+    reports = [report for report, _ in found]
+    if copies:
+        for source, problem in make_copies(data, [unit for _, large in found for unit in large]):
+            next(report for report in reports if report.source == source).problems.append(problem)
+    if as_json:
+        print(json.dumps({"lanes": data.lanes, "sources": [report.to_data() for report in reports]}))
+        return
+    table = Table(
+        "source", "files", "MB", "text MB", "documents", "chunks", "chunk KB", "chunks per lane", "large",
+        title=f"{config}, {data.lanes} lanes",
+    )  # fmt: skip
+    for report in reports:
+        table.add_row(
+            report.source,
+            f"{report.files:,}",
+            f"{report.bytes / 1e6:,.1f}",
+            f"{report.text_bytes / 1e6:,.1f}",
+            "" if report.documents is None else f"{report.documents:,}",
+            f"{report.chunks:,}",
+            f"{report.chunk_bytes / 1e3:,.1f}",
+            f"{report.chunks_per_lane:,.1f}",
+            f"{report.large_units:,}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    for report in reports:
+        for problem in report.problems:
+            print(f"{report.source}: {problem}")
 
 
 @app.command()
