@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,8 @@ def build(folder: Path, megabytes: int, say: Any = print) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(summary.read_text())
         if (found["version"], found["megabytes"]) == (VERSION, megabytes):
             return found
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # with what peers converted another corpus to
+    folder.mkdir(parents=True)
     say(f"looking for {megabytes} MB of text on this machine")
     texts, real = _collect(megabytes * 1_000_000 * 100 // (100 - WARM_PERCENT))
     facts: dict[str, Any] = {"version": VERSION, "megabytes": megabytes, "kinds": {}}

@@ -23,8 +23,11 @@ from loading.prepare import prepared
 STATE_EVERY = 50
 
 
-def config(spec: Spec, split: str) -> DataConfig:
-    """The configuration a user would write. `spec["format"]` names the files, `spec["config"]` adds keys."""
+def config(spec: Spec, split: str, scratch: Path) -> DataConfig:
+    """The configuration a user would write. `spec["format"]` names the files, `spec["config"]` adds keys.
+
+    Indexes and copies go to `scratch`, which is new for every run: none finds what another left behind.
+    """
     folder = Path(spec["folder"])
     form = spec["format"]
     if form in ("npy", "bin"):
@@ -45,6 +48,7 @@ def config(spec: Spec, split: str) -> DataConfig:
         extra["token_cache"] = f"{extra['token_cache']}/{split}"
         if "token_cache" not in DataConfig.model_fields:
             raise NotImplementedError("this version's configuration has no data.token_cache")
+    extra.setdefault("cache_dir", str(scratch))
     values: dict[str, Any] = {
         "tokenizer": str(folder / "tokenizer"),
         "sources": sources,
@@ -61,7 +65,7 @@ def stream(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
     if "encoder" not in kept:
         kept["encoder"] = load_encoder(Path(spec["folder"]) / "tokenizer")
     run = Path(tempfile.mkdtemp(prefix="headrace-run-"))
-    scheduler = Scheduler(config(spec, split), run_dir=run, encoder=kept["encoder"])
+    scheduler = Scheduler(config(spec, split, run / "cache"), run_dir=run, encoder=kept["encoder"])
     digest = hashlib.sha256()
     kept["report"] = lambda: {"sha256": digest.hexdigest(), "encoder": kept["encoder"].name}
 
@@ -113,13 +117,14 @@ class Stopwatch:
 
 # (phase, what is timed, by name: the parts of the engine may move; one that is not found is named in the result).
 PHASES = (
-    ("decompress", "data_scheduler.formats.lines:decompress"),
-    ("read", "data_scheduler.formats.lines:byte_range"),
-    ("decode parquet", "data_scheduler.formats.columns:_parquet_table"),
-    ("parse", "data_scheduler.reading:UnitReader.read"),
+    ("decompress", "data_scheduler.formats.compression:_Zstd.decompress"),
+    ("parse", "data_scheduler.formats.lines:read_blocks"),
+    ("read and cut", "data_scheduler.reading:UnitReader.read"),
+    ("read and cut", "data_scheduler.parts:PartReader.read"),
     ("encode", "data_scheduler.encoder:GigatokenEncoder.encode"),
     ("encode", "data_scheduler.encoder:GigatokenEncoder.encode_batch"),
-    ("join", "data_scheduler.lane:open_chunk"),
+    ("join", "data_scheduler.chunk_tokens:OpenChunk.__init__"),
+    ("join", "data_scheduler.chunk_tokens:OpenChunk.encode_group"),
     ("permute", "data_scheduler.source:permutation"),
     ("deal", "data_scheduler.source:deal"),
     ("pack", "data_scheduler.packing:SplitPacker.pack"),
