@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from loading.machine import machine, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,6 @@ from data_scheduler.manifest import Manifest
 from data_scheduler.mixture import Mixer, quantize, slots
 from data_scheduler.order import Int64, deal, permutation
 from data_scheduler.state import State, load_state, save_state
-from loading.machine import machine, versions
 
 RESULT = Path(__file__).parent / "results" / "data_scale.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "data_scale.png"
@@ -74,14 +74,11 @@ def measure_index(files: int, sources: int, lanes: int) -> tuple[dict[str, Any],
     before = rss_mb()
     manifests = [made_up(number, count) for number, count in enumerate(file_counts(files, sources))]
     held = rss_mb() - before
-    to_data, datas = cpu(lambda: [manifest.to_data() for manifest in manifests])
-    journal, lines = cpu(lambda: [orjson.dumps(data) for data in datas])
-    written = sum(map(len, lines))
-    del datas
-    from_data, _ = cpu(lambda: [Manifest.from_data(orjson.loads(line)) for line in lines])
-    del lines
-    sizes, seconds, chunk_mb = [], 0.0, 0.0
+    sizes, seconds, chunk_mb, written, to_journal, from_journal = [], 0.0, 0.0, 0, 0.0, 0.0
     for manifest in manifests:
+        used, line = cpu(lambda manifest=manifest: orjson.dumps(manifest.to_data()))
+        to_journal, written = to_journal + used, written + len(line)
+        from_journal += cpu(lambda line=line: Manifest.from_data(orjson.loads(line)))[0]
         config = SourceConfig(name=manifest.source, paths=["/data"])
         before = rss_mb()
         used, chunks = cpu(lambda manifest=manifest, config=config: manifest.chunks(config, CHUNK_BYTES, lanes))
@@ -95,8 +92,8 @@ def measure_index(files: int, sources: int, lanes: int) -> tuple[dict[str, Any],
         "chunks": chunks_total,
         "manifest_mb": round(held, 1),
         "journal_bytes_per_file": round(written / files, 1),
-        "journal_write_cpu_s": round(to_data + journal, 3),
-        "journal_read_cpu_s": round(from_data, 3),
+        "journal_write_cpu_s": round(to_journal, 3),
+        "journal_read_cpu_s": round(from_journal, 3),
         "chunks_cpu_s": round(seconds, 3),
         "chunks_mb": round(chunk_mb, 1),
     }, sizes
@@ -224,7 +221,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "date": str(date.today()),
         "machine": machine(),
         "versions": versions(["numpy", "orjson"]),
-        "settings": {"ranks": options.ranks, "sources": options.sources, "lanes": options.lanes, "files": options.files},
+        "settings": {key: getattr(options, key) for key in ("ranks", "sources", "lanes", "files")},
         "index": index,
         "dealing": dealing,
         "planning": planning,
@@ -268,7 +265,9 @@ def plot(result: dict[str, Any], picture: Path) -> None:
     growth = result["dealing"]["by_chunks"]
     left.loglog([row["chunks"] for row in growth], [row["cpu_s"] for row in growth], "o-", color="#1f618d")
     for row in growth:
-        left.annotate(f"{row['cpu_s']:.3g} s", (row["chunks"], row["cpu_s"]), (4, -11), textcoords="offset points", fontsize=8)
+        left.annotate(
+            f"{row['cpu_s']:.3g} s", (row["chunks"], row["cpu_s"]), (4, -11), textcoords="offset points", fontsize=8
+        )
     left.set_xlabel("chunks of a source")
     left.set_ylabel("CPU seconds")
     left.set_title(f"Dealing an epoch to {result['settings']['lanes']:,} lanes", loc="left", fontsize=10)
@@ -304,10 +303,14 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=4096, help="a multiple of the ranks")
     parser.add_argument("--sources", type=int, default=50)
     parser.add_argument("--files", type=int, default=1_000_000)
-    parser.add_argument("--batches", type=int, nargs="+", default=[4096, 16384], help="global batch sizes, in sequences")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[4096, 16384], help="global batch sizes, in sequences"
+    )
     parser.add_argument("--steps", type=int, default=200, help="steps planned for each batch size")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing")
+    parser.add_argument(
+        "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
+    )
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot writes")
     options = parser.parse_args()
     if options.plot:

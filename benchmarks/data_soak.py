@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from loading import corpus
+from loading.machine import machine, versions
 from rich.console import Console
 
 from data_scheduler import DataConfig, Scheduler
 from data_scheduler.state import load_state, save_state
-from loading import corpus
-from loading.machine import machine, versions
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "data_soak.json"
@@ -286,7 +286,9 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing")
+    parser.add_argument(
+        "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
+    )
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot writes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -23,10 +23,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from loading import corpus, report
 from loading.machine import machine, versions
+from rich.console import Console
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "data_throughput.json"
@@ -71,8 +70,18 @@ def _ours(name: str, label: str, group: str, form: str, **config: Any) -> Arm:
 def _text_peer(peer: str, label: str, run: str) -> list[Arm]:
     middle = MIDDLE_TOKENS if peer == "datasets" else None
     return [
-        Arm(f"{run}_hf", f"{label} + tokenizers", "text", f"peers:{run}", peer, {"tokenizer": "huggingface"}, SLOW_TOKENS),
-        Arm(f"{run}_gigatoken", f"{label} + gigatoken", "text", f"peers:{run}", peer, {"tokenizer": "gigatoken"}, middle),
+        Arm(
+            f"{run}_hf",
+            f"{label} + tokenizers",
+            "text",
+            f"peers:{run}",
+            peer,
+            {"tokenizer": "huggingface"},
+            SLOW_TOKENS,
+        ),
+        Arm(
+            f"{run}_gigatoken", f"{label} + gigatoken", "text", f"peers:{run}", peer, {"tokenizer": "gigatoken"}, middle
+        ),
     ]
 
 
@@ -99,8 +108,8 @@ ARMS = [
     Arm("floor_decompress", "decompress .zst", "floor", "floors:decompress", once=True),
     Arm("floor_parse", "decompress and parse", "floor", "floors:parse", once=True),
     Arm("floor_read_encode", "decompress, parse, encode", "floor", "floors:read_encode", once=True),
-    Arm("floor_encode", "encode text in memory, a document a call", "floor", "floors:encode", options={"call": "document"}, once=True),
-    Arm("floor_encode_batch", "encode text in memory, 64 documents a call", "floor", "floors:encode", options={"call": "batch"}, once=True),
+    Arm("floor_encode", "encode text in memory", "floor", "floors:encode", options={"call": "document"}, once=True),
+    Arm("floor_encode_batch", "… 64 documents a call", "floor", "floors:encode", options={"call": "batch"}, once=True),
     Arm("profile", "where our time goes", "profile", "ours:phases", options={"format": "jsonl.zst"}),
 ]  # fmt: skip
 QUICK = ("ours_zst", "profile")
@@ -139,7 +148,7 @@ def main() -> None:
             "machine": machine(),
             "versions": {"ours": versions(OUR_PACKAGES), "peers": versions(PEER_PACKAGES, python) if python else {}},
             "corpus": facts,
-            "settings": {"seq_len": 2048, "batch": 8, "lanes": options.lanes, "repeats": repeat + 1, "core": options.core},
+            "settings": {"seq_len": 2048, "batch": 8, "lanes": options.lanes, "repeats": repeat + 1},
             "arms": summary(runs),
         }  # fmt: skip
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +159,9 @@ def main() -> None:
         sys.exit(f"two runs gave different tokens: {', '.join(wrong)}")
 
 
-def _run(arm: Arm, sources: int, folder: Path, facts: dict[str, Any], options: Any, python: Path | None) -> dict[str, Any]:
+def _run(
+    arm: Arm, sources: int, folder: Path, facts: dict[str, Any], options: Any, python: Path | None
+) -> dict[str, Any]:
     """The arm's result from a fresh process."""
     full = facts["tokens"] * 9 // 10
     spec: dict[str, Any] = {
@@ -162,7 +173,7 @@ def _run(arm: Arm, sources: int, folder: Path, facts: dict[str, Any], options: A
         "seq_len": 2048,
         "batch": 8,
         "tokens": min(full, arm.tokens or full),
-        "warm_tokens": facts["tokens"] // 16 if arm.tokens != SLOW_TOKENS else min(SLOW_WARM_TOKENS, facts["tokens"] // 16),
+        "warm_tokens": min(facts["tokens"] // 16, SLOW_WARM_TOKENS if arm.tokens == SLOW_TOKENS else facts["tokens"]),
         "core": options.core,
         **arm.options,
     }  # fmt: skip
@@ -194,9 +205,7 @@ def _child(spec: dict[str, Any], python: str) -> dict[str, Any]:
     }
     command = [python, "-m", "loading.child", json.dumps(spec)]
     try:
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return {"not_run": f"took longer than {TIMEOUT_S} s"}
     lines = done.stdout.strip().splitlines()
@@ -286,7 +295,9 @@ def _prepare(python: Path, folder: Path, sources: list[int], peers: list[str]) -
         for peer in converted:
             console.print(f"converting the corpus for {peer}, {count} sources")
             command = [str(python), "-m", "loading.prepare", str(folder), str(count), "2048", peer]
-            done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
             failed = [line for line in done.stderr.splitlines() if line.startswith(f"{peer}: ")]
             console.print(*failed, sep="\n", end="\n" if failed else "", markup=False)
 
@@ -303,8 +314,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="corpus, conversions, environment")
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install as the peers' torch")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--quick", action="store_true", help="2 MB, 24 lanes, two repeats, few arms: does it still run?")
-    parser.add_argument("--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 MB, 24 lanes, two repeats, few arms: does it still run?"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
+    )
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot writes")
     options = parser.parse_args()
     if options.quick:

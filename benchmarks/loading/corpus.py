@@ -86,7 +86,7 @@ def build(folder: Path, megabytes: int, say: Any = print) -> dict[str, Any]:
             digest.update(text.encode())
         size = sum(len(text.encode()) for text in documents[cut:])
         facts["kinds"][kind] = {"documents": len(documents) - cut, "bytes": size}
-        sample += documents[cut:: max(1, len(texts) * size // TRAINING_BYTES)]
+        sample += documents[cut :: max(1, len(texts) * size // TRAINING_BYTES)]
     facts["bytes"] = sum(kind["bytes"] for kind in facts["kinds"].values())
     facts["documents"] = sum(kind["documents"] for kind in facts["kinds"].values())
     facts["distinct_bytes"] = min(real, facts["bytes"])

@@ -1,6 +1,7 @@
 """What a benchmark ran on, and with which versions."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -27,11 +28,9 @@ def versions(names: list[str], python: Path | None = None) -> dict[str, str]:
     """Package → version, of this environment or of another interpreter's."""
     if python is None:
         return {name: _version(name) for name in names}
-    code = "import sys,json,importlib.metadata as m;print(json.dumps({d.metadata['Name']:d.version for d in m.distributions()}))"
-    import json
-
+    code = "import json, importlib.metadata as m; print(json.dumps([[d.name, d.version] for d in m.distributions()]))"
     found = json.loads(subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
-    known = {name.lower().replace("_", "-"): version for name, version in found.items()}
+    known = {name.lower().replace("_", "-"): version for name, version in found}
     return {name: known.get(name.lower().replace("_", "-"), "not installed") for name in names}
 
 

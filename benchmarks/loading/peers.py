@@ -1,17 +1,18 @@
 """The other loaders, each as its documentation sets it up, in one process without workers.
 
 Without workers because the measure is CPU seconds per token: moving batches between processes costs each of them 2 to
-10 times more, and none of them needs it here. From text, sources are mixed by documents, as these loaders do; the shares
-are those that give the natural shares of tokens. From tokens, by the natural shares themselves.
+10 times more, and none of them needs it here. From text, sources are mixed by documents, as these loaders do; the
+shares are those that give the natural shares of tokens. From tokens, by the natural shares themselves.
 
 The text arms read uncompressed `.jsonl` and encode with Hugging Face `tokenizers` (what their users have) or with
 gigatoken (so that the rest of the loader is compared), in batches where the loader has batches.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Gigatoken:
     def many(self, texts: list[str]) -> list[Array]:
         layout = self.tokenizer.encode_batch(texts, parallel=False).layout
         ends, ids = np.asarray(layout.offsets.data), np.asarray(layout.content.data)
-        return [ids[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        return [ids[start:end] for start, end in pairwise(ends.tolist())]
 
     def one(self, text: str) -> Array:
         return self.tokenizer.encode(text)
@@ -123,9 +124,7 @@ def datasets(spec: Spec, split: str, kept: dict[str, Any]) -> Iterator[int]:
         load_dataset("json", data_files=files[name], split="train", streaming=True).shuffle(seed=0, buffer_size=1000)
         for name in shares
     ]
-    mixed = interleave_datasets(
-        parts, probabilities=list(shares.values()), seed=0, stopping_strategy="all_exhausted"
-    )
+    mixed = interleave_datasets(parts, probabilities=list(shares.values()), seed=0, stopping_strategy="all_exhausted")
     encode, rows = tokenizer(spec, kept).many, Rows(spec["seq_len"])
 
     def batches() -> Iterator[int]:
@@ -216,10 +215,10 @@ class _IndexedLines:
 
     def __init__(self, files: list[str]) -> None:
         self.places: list[tuple[int, int, int]] = []
-        self.open = [open(file, "rb") for file in files]
-        for number, file in enumerate(self.open):
+        self.open = [os.open(file, os.O_RDONLY) for file in files]
+        for number, file in enumerate(files):
             start = 0
-            for line in file:
+            for line in Path(file).read_bytes().splitlines(keepends=True):
                 self.places.append((number, start, len(line)))
                 start += len(line)
 
@@ -227,10 +226,8 @@ class _IndexedLines:
         return len(self.places)
 
     def __getitem__(self, record: Any) -> bytes:
-        import os
-
         number, start, size = self.places[record]
-        return os.pread(self.open[number].fileno(), size, start)
+        return os.pread(self.open[number], size, start)
 
 
 # -- from tokens -----------------------------------------------------------------------------------------------------

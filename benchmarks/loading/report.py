@@ -130,8 +130,12 @@ def plot(result: Result, picture: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", which="major", color="#e5e8e8")
         axis.set_axisbelow(True)
-    low = min(arm["mtok_per_cpu_s"]["min"] for group in groups for arms in _drawn(result, group).values() for arm in arms)
-    high = max(arm["mtok_per_cpu_s"]["max"] for group in groups for arms in _drawn(result, group).values() for arm in arms)
+    low = min(
+        arm["mtok_per_cpu_s"]["min"] for group in groups for arms in _drawn(result, group).values() for arm in arms
+    )
+    high = max(
+        arm["mtok_per_cpu_s"]["max"] for group in groups for arms in _drawn(result, group).values() for arm in arms
+    )
     axes[-1, 0].set_xlim(low / 1.6, high * 1.8)
     axes[-1, 0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     settings = result["settings"]
