@@ -24,9 +24,8 @@ class OpenChunk:
     def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int) -> None:
         self._reader = reader
         self._ids = chunk << ORDINAL_BITS
-        records, ordinals = reader.records(chunk)
+        found, ordinals = reader.open(chunk)
         self._places = ordinals[reader.order(chunk, len(ordinals), epoch)[first:]]
-        found = records.documents
         self._documents = [found[place] for place in self._places.tolist()]
         self._next = 0
 

@@ -123,6 +123,9 @@ class DataConfig(StrictModel):
     """Folder for an index of files, and for copies of large compressed files that can be read in pieces;
     `$XDG_CACHE_HOME/headrace` or `~/.cache/headrace` when not given. Runs, ranks and nodes may share it, and it may be
     deleted when no run uses it; the data does not depend on it."""
+    token_cache: str | None = None
+    """Folder (a fast local disk) to keep encoded chunks in, so that later epochs and runs need not encode them again; 2
+    or 4 bytes a token. Runs, ranks and nodes may share it, and it may be removed at any time."""
     cache_max_bytes: Annotated[int, Field(ge=0)] = 100 << 30
     """Disk space for copies; past it those used longest ago are removed. 0: make none."""
     watch_every: Annotated[int, Field(ge=1)] = 100

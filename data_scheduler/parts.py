@@ -160,17 +160,22 @@ class PartReader:
     def _key(self, chunk: Chunk) -> str:
         """What a copy is known by: the file as it is now, and how it is cut. Raises _Unreadable."""
         unit = chunk.unit
-        if unit.path not in self._keys:
-            try:
-                self._keys[unit.path] = _identity(unit.path)
-            except OSError as error:
-                raise _Unreadable(error) from None
+        try:
+            identity = self.identity(unit.path)
+        except OSError as error:
+            raise _Unreadable(error) from None
         how = (
             [chunk.block, self._config.max_document_bytes]
             if chunk.block
             else [unit.start, chunk.parts, self._units.extractor.columns]
         )
-        return f"{self._keys[unit.path]} {how}"
+        return f"{identity} {how}"
+
+    def identity(self, path: str) -> str:
+        """What tells the file from itself after a change; looked at once. Raises OSError."""
+        if path not in self._keys:
+            self._keys[path] = _identity(path)
+        return self._keys[path]
 
 
 def _identity(path: str) -> str:

@@ -14,7 +14,9 @@ from data_scheduler.formats.records import Document, Records
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, deal, permutation
 from data_scheduler.parts import PartReader
-from data_scheduler.reading import UnitReader, layout_units
+from data_scheduler.paths import file_kind
+from data_scheduler.reading import TOKEN_KINDS, UnitReader, layout_units
+from data_scheduler.token_cache import CachedChunk, TokenCache
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError
 
@@ -60,6 +62,11 @@ class SourceReader:
         self._records_read = 0
         self._records_rejected = 0
         self._last_reject: RejectedRecord | None = None
+        self._tokens: TokenCache | None = None
+        # Marked text is more than its tokens, and what is tokens already need not be encoded.
+        marked = config.prompt or config.masked_key or config.loss_weight_key
+        if data.token_cache and not marked and config.format not in TOKEN_KINDS:
+            self._tokens = TokenCache(data.token_cache, encoder.fingerprint, self.token_dtype)
         self._original = manifest
         self.grow([])
         if not self.chunks:
@@ -121,6 +128,49 @@ class SourceReader:
         found = records.documents
         return [document for ordinal in shuffled.tolist() if (document := found[ordinal]) is not None], shuffled
 
+    def open(self, chunk: int) -> tuple[Sequence[Document | None], Int64]:
+        """(the chunk's records, places among them of the good documents), as tokens where the cache has them.
+
+        Raises DataError past the reject limit.
+        """
+        key = self._token_key(chunk)
+        if key is None or self._tokens is None:
+            records, places = self.records(chunk)
+            return records.documents, places
+        cached = self._tokens.load(key)
+        if cached is None:
+            rejects = len(self.rejects)
+            records, places = self.records(chunk)
+            documents = [records.documents[place] for place in places.tolist()]
+            tokens = [self.encoder.encode(text) if isinstance(text, str) else text for text in documents]
+            rejected = [(reject.record, reject.reason) for reject in self.rejects[rejects:]]
+            read = len(records.documents) - records.filtered
+            cached = CachedChunk(places, tokens, read, rejected)
+            self._tokens.store(key, cached)
+        else:
+            path = self.chunks[chunk].unit.path
+            found = [RejectedRecord(self.config.name, path, where, reason) for where, reason in cached.rejected]
+            self._count(cached.read, found)
+        whole: list[Document | None] = [None] * (int(cached.places[-1]) + 1 if len(cached.places) else 0)
+        for place, document in zip(cached.places.tolist(), cached.documents, strict=True):
+            whole[place] = document
+        return whole, cached.places
+
+    def _token_key(self, chunk: int) -> str | None:
+        """What a chunk's tokens are known by; None when they are not to be cached."""
+        if self._tokens is None:
+            return None
+        cut = self.chunks[chunk]
+        if file_kind(cut.unit.path, self.config.format)[0] in TOKEN_KINDS:
+            return None
+        try:
+            identity = self._parts.identity(cut.unit.path)
+        except OSError:
+            return None  # reading it will say what is wrong
+        settings = self.config
+        how = [settings.format, settings.text_key, settings.template, settings.where, settings.max_document_bytes]
+        return f"{identity} {list(cut.unit[1:])} {cut.part} {cut.parts} {cut.block} {how}"
+
     def records(self, chunk: int) -> tuple[Records, Int64]:
         """The records of a chunk, and the places among them of the good documents."""
         records = self._parts.read(self.chunks[chunk])
@@ -147,15 +197,21 @@ class SourceReader:
 
     def _account(self, chunk: int, records: Records) -> None:
         path = self.chunks[chunk].unit.path
-        self._records_read += len(records.documents) - records.filtered
-        self._records_rejected += len(records.rejects)
+        rejected = []
         for reject in records.rejects:
             number, within = self.record_number(chunk, records, reject.record)
             where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
-            self.rejects.append(RejectedRecord(self.config.name, path, where, reject.reason))
-            self._last_reject = self.rejects[-1]
-        if records.rejects and self.config.on_error == "stop":
-            first = self.rejects[-len(records.rejects)]
+            rejected.append(RejectedRecord(self.config.name, path, where, reject.reason))
+        self._count(len(records.documents) - records.filtered, rejected)
+
+    def _count(self, read: int, rejected: list[RejectedRecord]) -> None:
+        self._records_read += read
+        self._records_rejected += len(rejected)
+        self.rejects += rejected
+        if rejected:
+            self._last_reject = rejected[-1]
+        if rejected and self.config.on_error == "stop":
+            first = rejected[0]
             raise DataError(
                 f"source {first.source!r}: {first.file}, record {first.record}: {first.reason} (on_error is `stop`)"
             )
