@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import orjson
 
 from data_scheduler.batch import ORDINAL_BITS, Batch
 from data_scheduler.config import DataConfig
@@ -69,6 +70,22 @@ def replay(run_dir: str | Path, first: int, last: int) -> Iterator[Batch]:
             yield batch
         if batch.step >= last:
             return
+
+
+def recorded_hashes(run_dir: str | Path) -> dict[int, str]:
+    """step → the hash that training recorded in `metrics.jsonl`; of a step trained twice the last one."""
+    path = Path(run_dir) / "metrics.jsonl"
+    found: dict[int, str] = {}
+    if path.exists():
+        with open(path, "rb") as lines:
+            for line in lines:
+                try:
+                    record = orjson.loads(line)
+                except orjson.JSONDecodeError:
+                    continue  # a line that a kill has torn
+                if isinstance(record, dict) and "batch_sha256" in record:
+                    found[int(record["step"])] = str(record["batch_sha256"])
+    return found
 
 
 def trace(run_dir: str | Path, step: int, slot: int | None = None) -> list[TracedDocument]:

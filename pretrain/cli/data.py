@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, DataError
 from pretrain.cli.prep import prep
 
 app = typer.Typer(help="Sample corpus, preparation, index, replay, trace, ledger.", no_args_is_help=True)
@@ -89,14 +89,29 @@ def index(
 def replay(
     run: Run,
     steps: Annotated[str, typer.Option(metavar="A:B", help="First and last step, both included.")],
+    sha256: Annotated[bool, typer.Option("--sha256", help="Print `step sha256` only, for other programs.")] = False,
 ) -> None:
-    """Make past batches again from the raw files and print `step sha256`, as recorded in `metrics.jsonl`."""
+    """Make past batches again from the raw files and compare their hashes with those in `metrics.jsonl`.
+
+    Exit code 3 when a batch is another than the one the run was trained on.
+    """
     from data_scheduler.batch import batch_sha256
+    from data_scheduler.replay import recorded_hashes
     from data_scheduler.replay import replay as replay_steps
 
     first, last = _parse_steps(steps)
+    recorded, differing = recorded_hashes(run), []
     for batch in replay_steps(run, first, last):
-        print(batch.step, batch_sha256(batch.digests), flush=True)
+        found, before = batch_sha256(batch.digests), recorded.get(batch.step)
+        verdict = "not in metrics.jsonl" if before is None else "as recorded" if found == before else "DIFFERS"
+        print(batch.step, found, *([] if sha256 else [verdict]), flush=True)
+        if before not in (None, found):
+            differing.append(batch.step)
+    if differing:
+        raise DataError(
+            f"{run}: {len(differing)} of the steps {steps} are not what was trained on, the first is {differing[0]}; "
+            "has a data file changed without changing its size?"
+        )
 
 
 @app.command()
@@ -104,6 +119,7 @@ def trace(
     run: Run,
     step: Annotated[int, typer.Option(min=0, help="The step to look at.")],
     slot: Annotated[int | None, typer.Option(min=0, help="Only this slot of the global batch.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the documents' text too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with the documents' text.")] = False,
 ) -> None:
     """Name source, file, record and token range of every document in a past step's batch."""
@@ -113,6 +129,14 @@ def trace(
     if as_json:
         for document in documents:
             print(json.dumps({"step": step, **document._asdict()}, ensure_ascii=False))
+        return
+    if text:
+        for document in documents:
+            print(
+                f"== slot {document.slot}  {document.source}  {_printable(document.file)}  record {document.record}"
+                f"  tokens {document.token_start}-{document.token_stop}"
+            )
+            print(_printable(document.text))
         return
     table = Table("slot", "source", "file", "record", "tokens", "begins with", title=f"step {step}")
     for document in documents:
@@ -160,6 +184,11 @@ def ledger(
             ", ".join(f"{count:,}" for count in row.documents_seen),
         )
     Console().print(table)
+
+
+def _printable(text: str) -> str:
+    """The text with control characters spelled out: what is in a document must not steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _parse_steps(steps: str) -> tuple[int, int]:
