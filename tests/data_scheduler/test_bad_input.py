@@ -7,6 +7,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from token_files import write_ds, write_megatron
 from data_scheduler import DataConfig, Scheduler
 from data_scheduler.config import SourceConfig
 from data_scheduler.formats.records import Records, Unit
+from data_scheduler.paths import expand
 from data_scheduler.reading import UnitReader, whole_file
 from headrace.errors import ConfigError, DataError
 
@@ -200,6 +202,7 @@ MEASURE = """
 import resource, sys
 from data_scheduler.config import SourceConfig
 from data_scheduler.formats.records import Unit
+from data_scheduler.paths import expand
 from data_scheduler.reading import UnitReader, whole_file
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -492,6 +495,16 @@ def test_unknown_formats_are_refused_with_the_list() -> None:
         SourceConfig.model_validate({"name": "x", "paths": ["x"], "format": "datatrove:huggingface"})
     with pytest.raises(ConfigError, match="decompress it once"):
         read(Path("x.parquet.gz"))
+
+
+def test_files_that_cannot_be_named_or_found(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"x\.jsonl: No such file or directory \(a link"):
+        expand([f"{tmp_path}/*.jsonl"], "x")
+    (tmp_path / "y").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/y/\xff.jsonl")).write_bytes(b"{}")
+    with pytest.raises(ConfigError, match="is not UTF-8; rename it"):
+        expand([f"{tmp_path}/y"], "x")
 
 
 def test_fuzzed_files_never_break_a_reader() -> None:
