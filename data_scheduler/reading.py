@@ -27,6 +27,10 @@ KEPT_INDEXES = 4
 """Token files whose index is kept: every stretch of a file needs it, and it may be 100 MB."""
 
 
+class ChangedFile(OSError):
+    """A file that is not what it was when it entered the run."""
+
+
 class UnitReader:
     """Reads the units of one source."""
 
@@ -61,7 +65,7 @@ class UnitReader:
             file.seek(0)
             entered = self._sizes.get(path, size)
             if size != entered:
-                raise OSError(f"the file has {size} bytes, {entered} when it entered the run")
+                raise ChangedFile(f"the file has {size} bytes, {entered} when it entered the run")
             yield file
 
     def _read(self, unit: Unit, file: IO[bytes]) -> Records:
@@ -105,7 +109,7 @@ def rejected(reason: str) -> Records:
 
 def unreadable(error: OSError) -> Records:
     """What a file that cannot be opened gives: one reject."""
-    return rejected(f"cannot be read: {error.strerror or error}")
+    return rejected(str(error) if isinstance(error, ChangedFile) else f"cannot be read: {error.strerror or error}")
 
 
 def read_documents(path: str, format: str = "auto", text_key: str = "text") -> Iterator[str]:

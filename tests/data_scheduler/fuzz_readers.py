@@ -20,6 +20,7 @@ import mmap
 import os
 import random
 import resource
+import signal
 import struct
 import sys
 import tempfile
@@ -44,7 +45,9 @@ from data_scheduler.formats.records import Records, Unit
 from data_scheduler.reading import UnitReader, whole_file
 from headrace.errors import HeadraceError
 
-SECONDS_PER_INPUT = 20
+CPU_SECONDS_PER_INPUT = 20
+WALL_SECONDS_PER_INPUT = 600
+"""A machine that is busy with other things is no hang; a reader that waits for ever is."""
 MEMORY_BYTES = 6 << 30
 """Address space of a child; the libraries alone map 2 GB."""
 INPUTS_PER_CHILD = 1000
@@ -231,7 +234,8 @@ def run_child(first: int, stop: int, seed: int, known: list[Case], folder: Path,
     ends: Counter[str] = Counter()
     for number in range(first, stop):
         at[:8] = struct.pack("<q", number)
-        faulthandler.dump_traceback_later(SECONDS_PER_INPUT, exit=True)
+        faulthandler.dump_traceback_later(WALL_SECONDS_PER_INPUT, exit=True)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_PER_INPUT)  # its signal ends the process
         try:
             ends[run_input(number, seed, known, folder)] += 1
         except BaseException:

@@ -397,6 +397,10 @@ def test_csv_oddities(tmp_path: Path) -> None:
     assert texts(read(path)) == ["123", "456"]
     path.write_bytes(b'text\n"never closed\nrow\n')
     assert len(texts(read(path))) + len(rejects(read(path))) == 1
+    path.write_bytes(b"text,text\na,b\n")
+    assert rejects(read(path)) == [(0, "column 'text' is there 2 times")]
+    path.write_bytes(b"text" + b",x" * 5000 + b"\n" + b"a" + b"," * 5000)
+    assert rejects(read(path)) == [(0, "the header has 5001 columns, more than 4096")]
     path.write_bytes(b"text\n")
     assert (texts(read(path)), rejects(read(path))) == ([], [])
 

@@ -1,6 +1,7 @@
 """datatrove's readers and its token files: what they give, and that nothing they leave out is lost silently."""
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ def warc(pages: list[tuple[str, bytes, str]] = PAGES, gzip: bool = True) -> byte
 
     buffer = io.BytesIO()
     writer = WARCWriter(buffer, gzip=gzip)
+    # The same bytes every time: warcio would take random ids and the time of day.
+    fixed = itertools.count()
+    writer.curr_warc_date = lambda: "2024-05-01T00:00:00Z"
+    writer._make_warc_id = lambda: f"<urn:uuid:00000000-0000-0000-0000-{next(fixed):012}>"
     writer.write_record(writer.create_warcinfo_record("x.warc", {"software": "test"}))
     for url, body, mime in pages:
         request = StatusAndHeaders("GET / HTTP/1.1", [("Host", "example")], is_http_request=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_scheduler.config import SourceConfig
 from data_scheduler.manifest import Manifest, check_unchanged
-from headrace.errors import DataError
+from headrace.errors import ConfigError, DataError
 
 names = st.text(st.sampled_from("ab/.ü "), min_size=1, max_size=8)
 layouts = st.none() | st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=3)
@@ -37,7 +37,6 @@ def test_folders_globs_and_files_are_listed_once_and_sorted(tmp_path: Path) -> N
     for name in ("b/2.jsonl", "a/1.jsonl", "a/deep/er/3.jsonl.gz", "a/.hidden.jsonl", "a/notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
-    (tmp_path / "a" / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     (tmp_path / "a" / "link.jsonl").symlink_to(tmp_path / "b" / "2.jsonl")
     (tmp_path / "a" / "circle").symlink_to(tmp_path / "a")
     paths = [
@@ -49,6 +48,9 @@ def test_folders_globs_and_files_are_listed_once_and_sorted(tmp_path: Path) -> N
     source = SourceConfig.model_validate({"name": "s", "paths": paths, "format": "jsonl"})
     found = [Path(path).relative_to(tmp_path).as_posix() for path, _ in Manifest.take(source).files]
     assert found == ["a/1.jsonl", "a/deep/er/3.jsonl.gz", "a/link.jsonl", "a/notes.md", "b/2.jsonl"]
+    (tmp_path / "a" / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ConfigError, match=r"gone\.jsonl: No such file or directory \(a link that leads nowhere"):
+        Manifest.take(source)
 
 
 def test_the_first_file_that_changed_is_named_among_many(tmp_path: Path) -> None:
