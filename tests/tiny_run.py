@@ -37,8 +37,11 @@ def tiny_config(family: str = "llama", **changes: Any) -> RunConfig:
     return validate_config({"run": {"dir": "unused"}, "data": data, **sections}, "tiny")
 
 
-def tiny_batch(step: int, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: int = 2) -> list[MicroBatch]:
-    """A rank's share of the global batch of `step`, the same batch for every `dp_size`."""
+def tiny_batch(
+    step: int, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: int = 2, weighted: bool = False
+) -> list[MicroBatch]:
+    """A rank's share of the global batch of `step`, the same batch for every `dp_size`; `weighted`: tokens of source 0
+    weigh 0, 0.5 or 2 in the loss."""
     random = np.random.default_rng(step)
     tokens = random.integers(0, VOCAB, (BATCH, SEQ_LEN + 1))
     starts = []
@@ -46,8 +49,12 @@ def tiny_batch(step: int, dp_rank: int = 0, dp_size: int = 1, micro_batch_size: 
         inner = np.sort(random.choice(np.arange(1, SEQ_LEN + 1), size=random.integers(0, 4), replace=False))
         starts.append(np.concatenate(([0], inner)).astype(np.int32))
     sources = random.integers(0, 2, BATCH)
+    weights = None
+    if weighted:
+        drawn = random.choice(np.array([0.0, 0.5, 2.0], np.float32), (BATCH, SEQ_LEN + 1))
+        weights = [row if source == 0 else None for row, source in zip(drawn, sources, strict=True)]
     mine = slice(dp_rank, None, dp_size)
-    return split_batch(tokens[mine], starts[mine], sources[mine], micro_batch_size)
+    return split_batch(tokens[mine], starts[mine], sources[mine], micro_batch_size, weights and weights[mine])
 
 
 def tiny_state(config: RunConfig, layout: Layout) -> TrainState:
@@ -56,13 +63,13 @@ def tiny_state(config: RunConfig, layout: Layout) -> TrainState:
     return build_state(config, layout, ranks, VOCAB)
 
 
-def tiny_steps(config: RunConfig, layout: Layout, steps: int = 5) -> list[StepResult]:
+def tiny_steps(config: RunConfig, layout: Layout, steps: int = 5, weighted: bool = False) -> list[StepResult]:
     """A fresh run of `steps` steps in this process, process groups opened (and closed, when it is the only one)."""
     state = tiny_state(config, layout)
     size = config.train.micro_batch_size
     ranks = state.ranks
     results = [
-        train_step(state, tiny_batch(step, ranks.dp_rank, ranks.dp_size, size), config.optimizer.lr)
+        train_step(state, tiny_batch(step, ranks.dp_rank, ranks.dp_size, size, weighted), config.optimizer.lr)
         for step in range(steps)
     ]
     if layout.world_size == 1:

@@ -72,6 +72,17 @@ def test_tied_embeddings_with_z_losses_have_the_single_process_curve(name: str) 
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["dp2", "tp2+sp", "pp2", "cp2"])
+def test_weighted_tokens_have_the_single_process_curve(name: str) -> None:
+    layout, config = LAYOUTS[name], tiny_config("llama", micro_batch_size=1)
+    results = run_ranks(layout.world_size, tiny_steps, config, layout, 3, True)[0]
+    for result, reference in zip(results, tiny_steps(config, Layout(1), 3, True), strict=True):
+        assert result.loss == pytest.approx(reference.loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
+        assert result.source_tokens.tolist() == reference.source_tokens.tolist()
+
+
+@pytest.mark.multiprocess
 def test_bf16_under_two_layouts_stays_near_fp32() -> None:
     config = tiny_config("llama", micro_batch_size=1, precision="bf16")
     reference = single_process(tiny_config("llama", micro_batch_size=1).model_dump_json())
@@ -108,22 +119,26 @@ def test_a_repeated_run_is_bit_identical() -> None:
     assert [result.grad_norm for result in first] == [result.grad_norm for result in again]
 
 
-def test_the_gradient_is_of_the_mean_over_all_tokens_that_count() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_is_of_the_mean_over_all_tokens_that_count(weighted: bool) -> None:
     state = tiny_state(tiny_config("llama"), Layout(1))
-    batch = tiny_batch(0)
+    batch = tiny_batch(0, weighted=weighted)
     counts = {int(microbatch.loss_mask.sum()) for microbatch in batch}
     assert len(counts) > 1  # with equal counts a mean of means would be the same
-    total = torch.zeros(())
+    total, reported = torch.zeros(()), torch.zeros(())
     for placed in (place(microbatch, state) for microbatch in batch):
-        _, minimised = state.chunks[0](
+        plain, minimised = state.chunks[0](
             placed.input_ids, placed.position_ids, None, labels=placed.labels, packed_seq_params=placed.documents
         )
-        total = total + minimised[placed.loss_mask].sum()
-    mean = total / sum(int(microbatch.loss_mask.sum()) for microbatch in batch)
+        weights = torch.ones_like(minimised) if placed.loss_weights is None else placed.loss_weights
+        total = total + (minimised * weights)[placed.loss_mask].sum()
+        reported = reported + plain[placed.loss_mask].sum()
+    tokens = sum(int(microbatch.loss_mask.sum()) for microbatch in batch)
+    mean = total / tokens
     gradients = torch.autograd.grad(mean, list(state.chunks[0].parameters()))
     norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
     result = train_step(state, batch, 1e-3)
-    assert result.loss == pytest.approx(float(mean.detach()), rel=1e-6)
+    assert result.loss == pytest.approx(float(reported.detach()) / tokens, rel=1e-6)  # curves are not weighted
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
     process_groups.shutdown()
 
