@@ -76,16 +76,18 @@ class Scheduler:
         encoder: Encoder | None = None,
         replaying: bool = False,
         watch: bool | None = None,
+        hashing: bool = False,
     ) -> None:
         """Open the sources, or those of the journal in `run_dir` when there is one.
 
         Rank 0 writes the journal; other ranks must be made after rank 0's so that they read its manifests. With
         `replaying` the journal alone decides and nothing is added to it. Sources with `watch` are looked after here
         when there is one rank (`watch` overrides that); with several, hand what `new_files` finds on one of them to
-        `grow` on all. Raises ConfigError, LayoutError or DataError.
+        `grow` on all. With `hashing` the digests of batches are made along with them, in the loader's thread, and not
+        when they are first asked for. Raises ConfigError, LayoutError or DataError.
         """
         check_layout(config, dp_rank, dp_size)
-        self._replaying = replaying
+        self._replaying, self._hashing = replaying, hashing
         self.names = [source.name for source in config.sources]
         self._dp_rank, self._dp_size = dp_rank, dp_size
         if journal is None:
@@ -297,6 +299,8 @@ class Scheduler:
             self._exhausted(),
             rejects=self._take_rejects(),
         )
+        if self._hashing:
+            _ = batch.digests
         self._step += 1
         self._sequences += batch_size
         return _Produced(batch, touched, self._mixer.owed, batch_size, width, self._policy.state_dict(), self._wanted)

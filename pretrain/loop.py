@@ -270,7 +270,14 @@ class Run:
     def _open_scheduler(self) -> Scheduler:
         journal = Journal(self.run_dir / "journal.jsonl", writable=self.ranks.rank == 0)
         ranks = self.ranks
-        return Scheduler(self.config.data, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, journal=journal, watch=False)
+        return Scheduler(
+            self.config.data,
+            dp_rank=ranks.dp_rank,
+            dp_size=ranks.dp_size,
+            journal=journal,
+            watch=False,
+            hashing=True,
+        )
 
     def _open_sinks(self) -> list[Sink]:
         if self.ranks.rank:
