@@ -15,7 +15,7 @@ from data_scheduler.config import SourceConfig
 from data_scheduler.extract import Extractor
 from data_scheduler.formats import columns, csv, datatrove_files, lines, plain, token_index, tokens
 from data_scheduler.formats.compression import BOMB_BYTES, CODECS, MOST_EXPANSION
-from data_scheduler.formats.records import Records, Unit
+from data_scheduler.formats.records import REASON_CHARACTERS, Records, Unit
 from data_scheduler.formats.token_index import TokenIndex
 from data_scheduler.paths import DATATROVE, file_kind, open_binary
 
@@ -130,8 +130,9 @@ def column_layout(path: str, format: str = "auto") -> columns.Layout | None:
                 layout = token_index.stretches(token_index.read_index(path, kind, size))
             else:
                 layout = columns.parquet_layout(file) if kind == "parquet" else columns.arrow_layout(file)
-        except (MemoryError, LookupError, NotImplementedError, TypeError) as error:
-            raise ValueError(str(error) or type(error).__name__) from None
+        except (ValueError, MemoryError, LookupError, NotImplementedError, TypeError) as error:
+            # pyarrow explains itself over several lines; the first ones say what is wrong.
+            raise ValueError(" ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__) from None
     # Chunks are cut by these numbers: a damaged one must not make a billion of them.
     most = size if kind in TOKEN_KINDS else BOMB_BYTES + MOST_EXPANSION * size
     return [(max(0, records), min(max(0, text), most)) for records, text in layout]

@@ -513,6 +513,15 @@ def test_the_limit_and_stop_name_the_record(tmp_path: Path, corpus: Path) -> Non
             next(running)
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.bin"])
+def test_a_file_without_a_readable_layout_is_one_line(tmp_path: Path, corpus: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"rubbish" * 100)
+    (tmp_path / "x.idx").write_bytes(b"rubbish" * 100)
+    with pytest.raises(DataError, match=rf"^source 'web': .*{name}: not readable: \S") as caught:
+        scheduler(tmp_path, corpus, on_error="stop")
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_formats_are_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match="datatrove:warc"):
         SourceConfig.model_validate({"name": "x", "paths": ["x"], "format": "datatrove:huggingface"})
