@@ -15,8 +15,8 @@ from typing import IO
 from data_scheduler.config import SourceConfig
 from data_scheduler.extract import Extractor
 from data_scheduler.formats import columns, csv, datatrove_files, lines, plain, token_index, tokens
-from data_scheduler.formats.compression import CODECS
-from data_scheduler.formats.records import Records, Unit
+from data_scheduler.formats.compression import BOMB_BYTES, CODECS, MOST_EXPANSION
+from data_scheduler.formats.records import REASON_CHARACTERS, Records, Unit
 from data_scheduler.formats.token_index import TokenIndex
 from data_scheduler.paths import DATATROVE, file_kind, open_binary
 
@@ -143,9 +143,16 @@ def column_layout(path: str, format: str = "auto") -> columns.Layout | None:
     if kind not in LAYOUT_KINDS:
         return None
     with open_binary(path) as file:
-        if kind in TOKEN_KINDS:
-            return token_index.stretches(token_index.read_index(path, kind, file.seek(0, io.SEEK_END)))
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         try:
-            return columns.parquet_layout(file) if kind == "parquet" else columns.arrow_layout(file)
-        except (MemoryError, IndexError, NotImplementedError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(str(error) or type(error).__name__) from None
+            if kind in TOKEN_KINDS:
+                layout = token_index.stretches(token_index.read_index(path, kind, size))
+            else:
+                layout = columns.parquet_layout(file) if kind == "parquet" else columns.arrow_layout(file)
+        except (ValueError, MemoryError, LookupError, NotImplementedError, TypeError) as error:
+            # pyarrow explains itself over several lines; the first ones say what is wrong.
+            raise ValueError(" ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__) from None
+    # Chunks are cut by these numbers: a damaged one must not make a billion of them.
+    most = size if kind in TOKEN_KINDS else BOMB_BYTES + MOST_EXPANSION * size
+    return [(max(0, records), min(max(0, text), most)) for records, text in layout]

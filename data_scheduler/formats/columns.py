@@ -29,7 +29,7 @@ def parquet_layout(file: IO[bytes]) -> Layout:
     """Raises OSError or pa.ArrowInvalid for a broken file."""
     metadata = open_parquet(file).metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    return [(max(0, int(group.num_rows)), max(0, int(group.total_byte_size))) for group in groups]
+    return [(int(group.num_rows), int(group.total_byte_size)) for group in groups]
 
 
 def arrow_layout(file: IO[bytes]) -> Layout:

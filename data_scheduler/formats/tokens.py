@@ -36,6 +36,9 @@ def read_indexed(file: IO[bytes], size: int, unit: Unit, index: TokenIndex, voca
     offsets, lengths = index.offsets[chosen], index.lengths[chosen]
     # Compared as tokens left, so that a damaged length cannot overflow.
     inside = (offsets >= 0) & (offsets <= size) & (lengths <= (size - offsets) // index.dtype.itemsize)
+    if int(lengths[inside].sum()) * index.dtype.itemsize > size:
+        records.reject("the documents of the index overlap")
+        return records
     parts = _parts(file, offsets[inside], lengths[inside] * index.dtype.itemsize)
     for fits in inside.tolist():
         if fits:

@@ -1,4 +1,4 @@
-"""Damaged files of every format and compression through the readers, a million if need be.
+"""Damaged files of every format and compression through the readers.
 
     python tests/data_scheduler/fuzz_readers.py --inputs 100000 --seed 0
 

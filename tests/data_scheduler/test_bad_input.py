@@ -26,7 +26,7 @@ from data_scheduler import DataConfig, Scheduler
 from data_scheduler.config import SourceConfig
 from data_scheduler.formats.records import Records, Unit
 from data_scheduler.paths import expand
-from data_scheduler.reading import UnitReader, whole_file
+from data_scheduler.reading import UnitReader, column_layout, whole_file
 from headrace.errors import ConfigError, DataError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -349,7 +349,7 @@ def test_a_corrupt_parquet_page_rejects_its_row_group_only(tmp_path: Path) -> No
 def test_an_arrow_file_with_offsets_outside_its_buffer(tmp_path: Path) -> None:
     path = write_columns(tmp_path / "x.arrow", pa.table({"text": ["first", "second"]}))
     data = path.read_bytes()
-    good, bad = (np.array(offsets, "<i4").tobytes() for offsets in ([0, 5, 11], [0, 5, 1 << 30]))
+    good, bad = (np.array(offsets, "<i4").tobytes() for offsets in ([0, 5, 11], [0, 1 << 30, 11]))
     assert data.count(good) == 1
     path.write_bytes(data.replace(good, bad))
     records = read(path)
@@ -442,6 +442,25 @@ def test_token_files_that_are_cut_or_lie(tmp_path: Path) -> None:
         assert len(rejects(records)) == (reason is not None)
 
 
+def test_an_index_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    """Neither a billion chunks nor a document twice: an index of 1 MB could ask for a terabyte."""
+    write_megatron(tmp_path / "x", [[5] * 100] * 50)
+    index = (tmp_path / "x.idx").read_bytes()
+    offsets = 34 + 4 * 50
+    whole = np.full(50, 5000, "<i4").tobytes()
+    overlapping = index[:34] + whole + b"\0" * (8 * 50) + index[offsets + 8 * 50 :]
+    (tmp_path / "x.idx").write_bytes(overlapping)
+    assert rejects(read(tmp_path / "x.bin")) == [(0, "the documents of the index overlap")]
+    huge = np.full(50, (1 << 31) - 1, "<i4").tobytes()
+    (tmp_path / "x.idx").write_bytes(index[:34] + huge + index[offsets:])
+    layout = column_layout(str(tmp_path / "x.bin"))
+    assert layout is not None
+    assert max(text for _, text in layout) <= 10_000
+    assert len(rejects(read(tmp_path / "x.bin"))) == 50
+    path = write_columns(tmp_path / "x.parquet", pa.table({"text": ["water"] * 4}), rows=4)
+    assert column_layout(str(path)) == [(4, pq.ParquetFile(path).metadata.row_group(0).total_byte_size)]
+
+
 # -- whole runs -----------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +511,15 @@ def test_the_limit_and_stop_name_the_record(tmp_path: Path, corpus: Path) -> Non
         running = scheduler(tmp_path, corpus, max_reject_fraction=0.001)
         for _ in range(300):
             next(running)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.bin"])
+def test_a_file_without_a_readable_layout_is_one_line(tmp_path: Path, corpus: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"rubbish" * 100)
+    (tmp_path / "x.idx").write_bytes(b"rubbish" * 100)
+    with pytest.raises(DataError, match=rf"^source 'web': .*{name}: not readable: \S") as caught:
+        scheduler(tmp_path, corpus, on_error="stop")
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_formats_are_refused_with_the_list() -> None:
