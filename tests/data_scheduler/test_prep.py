@@ -1,5 +1,6 @@
 """Preparation: real datatrove pipelines on a small corpus with planted duplicates, near duplicates and junk."""
 
+import fcntl
 import gzip
 import hashlib
 import itertools
@@ -288,6 +289,16 @@ def test_another_configuration_or_input_is_refused(settings: dict[str, Any], tmp
         run(settings)
     with pytest.raises(ConfigError, match="holds something else"):
         run(settings | {"out": str(folder)})
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    settings = small(tmp_path, {"a": page(0)}, [{"kind": "length"}])
+    run(settings)
+    (tmp_path / "out" / "prep_report.json").unlink()
+    with open(tmp_path / "out" / "prep.json", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is being prepared by another process"):
+            run(settings)
 
 
 class Killed:
