@@ -11,6 +11,8 @@ import numpy.typing as npt
 from data_scheduler.order import Int64
 
 Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 ORDINAL_BITS = 24
 """A document id is chunk number << 24 | place in its unit: unique in a source, resolved by `headrace data trace`."""
@@ -23,14 +25,21 @@ class Segments(NamedTuple):
     """int32[segments]: where each document begins in the sequence; the first is 0."""
     document_ids: Int64
     """int64[segments]"""
-    offset: int
-    """Token of the first document that stands at position 0; the other documents begin at their own token 0."""
+    offsets: Int64
+    """int64[segments]: token of its document at which each segment begins."""
+    weights: Float32 | None = None
+    """float32[seq_len + 1]: weight of each token in the loss; None: all 1."""
 
 
-def sequence_digest(source_id: int, starts: Int32, tokens: Int64) -> bytes:
-    """SHA-256 over source id, document boundaries and token ids (little-endian 32-bit), 32 bytes."""
+def sequence_digest(source_id: int, starts: Int32, tokens: Int64, weights: Float32 | None = None) -> bytes:
+    """SHA-256 of a sequence, 32 bytes: source id, document boundaries and token ids as little-endian 32-bit integers,
+    then, where tokens have loss weights, these as 32-bit floats."""
     head = np.array([source_id, len(starts)], dtype="<u4").tobytes()
-    return hashlib.sha256(head + starts.astype("<i4").tobytes() + tokens.astype("<u4").tobytes()).digest()
+    digest = hashlib.sha256(head + starts.astype("<i4").tobytes())
+    digest.update(tokens.astype("<u4").tobytes())
+    if weights is not None:
+        digest.update(weights.astype("<f4").tobytes())
+    return digest.digest()
 
 
 def batch_sha256(digests: list[bytes]) -> str:
@@ -61,31 +70,47 @@ class Batch:
     """int64[b]: place of the source in the configuration."""
     segment_ids: list[Int64]
     """Per sequence, the document id of each segment."""
-    offsets: Int64
-    """int64[b]: token of the first document at which the sequence begins."""
+    offsets: list[Int64]
+    """Per sequence, the token of its document at which each segment begins."""
     slots: Int64
     """int64[b]: place of each sequence in the global batch."""
-    digests: list[bytes]
-    """Per sequence, its SHA-256."""
+    weights: list[Float32 | None]
+    """Per sequence, the weight of each of its seq_len + 1 tokens in the loss; None where all are 1."""
+    exhausted: BoolArray
+    """bool[sources]: whether every lane of this rank has given the source `max_epochs` times."""
     rejects: list[RejectedRecord] = field(default_factory=list)
     """Records skipped while this batch was made."""
     wait_s: float = 0.0
     """Seconds the consumer waited for this batch."""
 
     @cached_property
+    def digests(self) -> list[bytes]:
+        """Per sequence, its SHA-256."""
+        rows = zip(self.source_ids.tolist(), self.starts, self.tokens, self.weights, strict=True)
+        return [sequence_digest(source, starts, tokens, weights) for source, starts, tokens, weights in rows]
+
+    @cached_property
+    def _edges(self) -> tuple[Int64, BoolArray]:
+        """(where segments begin, int64[segments], counted over the flattened [b · (seq_len + 1)]; which of them begin
+        among their sequence's inputs, not at its very last token, which is only ever predicted)."""
+        width = self.tokens.shape[1]
+        starts = np.concatenate(self.starts).astype(np.int64)
+        rows = np.repeat(np.arange(len(self.starts)), [len(row) for row in self.starts])
+        return starts + rows * width, starts < width - 1
+
+    @cached_property
     def cu_seqlens(self) -> Int32:
         """int32[documents + 1]: cumulative document lengths over the flattened inputs [b · seq_len]."""
-        seq_len = self.tokens.shape[1] - 1
-        rows = [starts[starts < seq_len] + row * seq_len for row, starts in enumerate(self.starts)]
-        return np.concatenate([*rows, [len(self.starts) * seq_len]]).astype(np.int32)
+        begins, seen = self._edges
+        b, width = self.tokens.shape
+        inputs = begins[seen]
+        return np.append(inputs - inputs // width, b * (width - 1)).astype(np.int32)
 
     @cached_property
     def document_ids(self) -> Int64:
         """int64[documents]: the document of each `cu_seqlens` segment."""
-        seq_len = self.tokens.shape[1] - 1
-        return np.concatenate(
-            [ids[starts < seq_len] for ids, starts in zip(self.segment_ids, self.starts, strict=True)]
-        )
+        ids: Int64 = np.concatenate(self.segment_ids)[self._edges[1]]
+        return ids
 
     @cached_property
     def position_ids(self) -> Int64:
@@ -96,9 +121,21 @@ class Batch:
         return flat.reshape(b, width - 1)
 
     @cached_property
-    def loss_mask(self) -> npt.NDArray[np.bool_]:
-        """bool[b, seq_len]: False where the next token belongs to another document."""
-        mask = np.ones((self.tokens.shape[0], self.tokens.shape[1] - 1), dtype=np.bool_)
-        for row, starts in enumerate(self.starts):
-            mask[row, starts[1:] - 1] = False
-        return mask
+    def loss_mask(self) -> BoolArray:
+        """bool[b, seq_len]: False where the next token belongs to another document or has no weight."""
+        b, width = self.tokens.shape
+        mask = np.ones((b, width), dtype=np.bool_)  # of each token as a prediction; a sequence's first is none
+        mask.reshape(-1)[self._edges[0]] = False
+        for row, weights in enumerate(self.weights):
+            if weights is not None:
+                mask[row] &= weights > 0
+        return mask[:, 1:]
+
+    @cached_property
+    def loss_weights(self) -> Float32:
+        """float32[b, seq_len]: weight of each prediction in the loss, 0 where `loss_mask` is False."""
+        weighted = self.loss_mask.astype(np.float32)
+        for row, weights in enumerate(self.weights):
+            if weights is not None:
+                weighted[row] *= weights[1:]
+        return weighted

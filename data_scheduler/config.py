@@ -4,6 +4,8 @@ Everything that shapes the order of the data is here and nowhere else, so that t
 journal are enough to replay a run.
 """
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,6 +20,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
 
 
+OPEN_BYTES = 1 << 30
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 << 10, 4 << 20
 Share = Annotated[float, Field(ge=0.0)]
 
 
@@ -30,25 +34,46 @@ class SourceConfig(StrictModel):
     """Files, folders, glob patterns or fsspec URLs. Sorted before use, so their order here does not matter."""
     val_paths: list[str] = []
     """Held-out files of the same kind; evaluated separately, never trained on."""
-    format: Literal["auto", "jsonl", "parquet", "arrow", "csv", "text", "npy", "megatron"] = "auto"
-    """`auto` goes by the file name; `.gz`, `.zst`, `.bz2` and `.xz` are recognised behind jsonl, csv and text."""
+    format: Literal[
+        "auto", "jsonl", "parquet", "arrow", "csv", "text", "npy", "megatron", "ds",
+        "datatrove:warc", "datatrove:jsonl", "datatrove:csv", "datatrove:parquet", "datatrove:ipc",
+    ] = "auto"  # fmt: skip
+    """`auto` goes by the file name; `.gz`, `.zst`, `.bz2` and `.xz` are recognised behind jsonl, csv and text.
+    `datatrove:<reader>` reads with datatrove's reader of that name."""
     text_key: str = "text"
     """Field or column that holds the text; dots go into nested objects."""
     template: str | None = None
     """Text made of several fields, e.g. `"{title}\\n\\n{text}"`; replaces `text_key`."""
     where: str | None = None
     """Filter on fields, e.g. `lang == 'de' and quality > 0.7`; records it does not hold for are left out."""
+    prompt: str | None = None
+    """Text of fields put before each document, e.g. `"Question: {question}\\nAnswer: "`; the model reads them, but they
+    carry no loss."""
+    masked_key: str | None = None
+    """Field with the stretches of the text that carry no loss: a list of [begin, end) pairs, in characters."""
+    loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of this source's tokens in the loss."""
+    loss_weight_key: str | None = None
+    """Field with a document's own weight in the loss, a number from 0 on; multiplied with `loss_weight`."""
     weight: Share = 1.0
     """Share of tokens under the static policy; shares are normalised over the sources."""
+    watch: bool = False
+    """Look for new files behind `paths` while the run goes on; they join at a journaled step."""
+    max_epochs: Annotated[int, Field(ge=1)] | None = None
+    """How often each document may be seen at most; once a lane is through, the other sources take over its share."""
     on_error: Literal["skip", "stop"] = "skip"
     """What a malformed record does: `skip` counts it and goes on, `stop` ends the run."""
     max_reject_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
     """Past this share of rejected records (once 1,000 records were read) the run stops with a data error."""
+    max_document_bytes: Annotated[int, Field(ge=1)] = 100_000_000
+    """A longer record or text is rejected: 100 MB are 25 million tokens, twenty times the longest book, and take
+    some 300 MB of memory while they are read."""
 
     @model_validator(mode="after")
     def _expressions_are_understood(self) -> "SourceConfig":
-        if self.template is not None:
-            template_parts(self.template)
+        for template in (self.template, self.prompt):
+            if template is not None:
+                template_parts(template)
         if self.where is not None:
             expression.parse(self.where)
         return self
@@ -82,16 +107,46 @@ class DataConfig(StrictModel):
     size gives the same global batches."""
     seed: int = 0
     """Seed of every permutation of chunks, documents and slots."""
-    packing: Literal["split"] = "split"
-    """How documents become sequences; `split` concatenates and cuts, every token used once."""
-    chunk_bytes: Annotated[int, Field(ge=1024)] = 4 << 20
-    """Bytes of raw text one lane opens at a time; documents are shuffled within it."""
+    packing: Literal["split", "best_fit"] = "split"
+    """How documents become full sequences, every token used once: `split` concatenates and cuts; `best_fit` lays out
+    16 sequences at a time so that few documents are cut."""
+    document_start: Literal["none", "bos"] = "none"
+    """Token put before every document: none, or the tokenizer's beginning-of-sequence token."""
+    document_end: Literal["none", "eos"] = "eos"
+    """Token put after every document: the tokenizer's end-of-document token, or none."""
+    chunk_bytes: Annotated[int, Field(ge=1024)] | None = None
+    """Bytes of raw text one lane opens at a time; documents are shuffled within it. Default: 1 GiB / (lanes x sources),
+    but at least 64 KiB and at most 4 MiB, so that all lanes of all sources are open in about 1 GB."""
     prefetch: Annotated[int, Field(ge=0)] = 2
     """Steps prepared ahead in a background thread; 0 prepares them in the caller's."""
+    cache_dir: str | None = None
+    """Folder for an index of files, and for copies of large compressed files that can be read in pieces;
+    `$XDG_CACHE_HOME/headrace` or `~/.cache/headrace` when not given. Runs, ranks and nodes may share it, and it may be
+    deleted when no run uses it; the data does not depend on it."""
+    token_cache: str | None = None
+    """Folder (a fast local disk) to keep encoded chunks in, so that later epochs and runs need not encode them again; 2
+    or 4 bytes a token. Runs, ranks and nodes may share it, and it may be removed at any time."""
+    cache_max_bytes: Annotated[int, Field(ge=0)] = 100 << 30
+    """Disk space for copies; past it those used longest ago are removed. 0: make none."""
+    watch_every: Annotated[int, Field(ge=1)] = 100
+    """Steps between two looks for new files of sources with `watch`; a file joins once two looks found it the same."""
     policy: PolicyConfig = PolicyConfig()
     """Who sets the mixture weights."""
     fast_tokenizer: bool = True
     """Use the fast exact encoder where it reproduces the tokenizer token for token; otherwise `tokenizers`."""
+
+    def cache_folder(self) -> Path:
+        """Where the index of files and the copies are."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace"
+
+    @property
+    def settled_chunk_bytes(self) -> int:
+        """`chunk_bytes`, or its default for this many lanes and sources. A run keeps what it began with."""
+        if self.chunk_bytes is not None:
+            return self.chunk_bytes
+        return min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, OPEN_BYTES // (self.lanes * len(self.sources))))
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "DataConfig":

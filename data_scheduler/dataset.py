@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from pydantic import ValidationError
@@ -39,7 +40,8 @@ class DataScheduler(IterableDataset[TorchBatch]):
 
     Each batch is a dict of tensors: `tokens` int64[b, seq_len + 1], `cu_seqlens` int32[documents + 1] over the
     flattened inputs, `position_ids` int64[b, seq_len], `source_ids` int64[b], `document_ids` int64[documents],
-    `loss_mask` bool[b, seq_len] (False where the next token belongs to another document).
+    `loss_mask` bool[b, seq_len] (False where the next token belongs to another document or carries no loss),
+    `loss_weights` float32[b, seq_len] (weight of each prediction in the loss; 0 where the mask is False).
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -87,7 +89,8 @@ def to_torch(batch: Batch) -> TorchBatch:
         "position_ids": torch.from_numpy(batch.position_ids),
         "source_ids": torch.from_numpy(batch.source_ids),
         "document_ids": torch.from_numpy(batch.document_ids),
-        "loss_mask": torch.from_numpy(batch.loss_mask),
+        "loss_mask": torch.from_numpy(np.ascontiguousarray(batch.loss_mask)),
+        "loss_weights": torch.from_numpy(batch.loss_weights),
     }
 
 

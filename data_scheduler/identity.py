@@ -3,15 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data_scheduler.config import DataConfig
+from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.formats.records import Unit
 from data_scheduler.journal import Journal
 from data_scheduler.manifest import Manifest
 from data_scheduler.reading import UnitReader, layout_units
 from headrace.errors import ConfigError
 
-FIXED_KEYS = ("seed", "lanes", "chunk_bytes", "packing")
+FIXED_KEYS = ("seed", "lanes", "packing", "document_start", "document_end", "chunk_bytes")
 """Settings that define what a lane's state means; a run keeps them for life."""
+SOURCE_KEYS = (
+    "paths", "format", "text_key", "template", "where", "prompt", "masked_key", "loss_weight", "loss_weight_key",
+    "max_document_bytes",
+)  # fmt: skip
+"""What a source keeps from when it entered the run."""
 SAMPLE_BYTES = 4 << 20
 """Sources whose first file is at most this large have some of its documents encoded by both encoders at start."""
 
@@ -23,9 +28,10 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
         raise ConfigError(f"{journal.path}: the journal does not begin with run_started; it is not a run's journal")
     old = started.data["data"]
     for key in FIXED_KEYS:
-        if old[key] != getattr(config, key):
+        asked = getattr(config, key)
+        if old[key] != asked and not (key == "chunk_bytes" and asked is None):
             raise ConfigError(
-                f"data.{key} is {getattr(config, key)!r} but the run in {journal.path} began with {old[key]!r}; "
+                f"data.{key} is {asked!r} but the run in {journal.path} began with {old[key]!r}; "
                 "keep it, or start a new run folder"
             )
     if started.data["tokenizer"] != fingerprint:
@@ -44,8 +50,8 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
         if source.name not in sources:
             continue
         before = sources[source.name]
-        for key in ("paths", "format", "text_key", "template", "where"):
-            if before.get(key) != getattr(source, key):
+        for key in SOURCE_KEYS:
+            if before.get(key, SourceConfig.model_fields[key].default) != getattr(source, key):
                 raise ConfigError(
                     f"data.sources.{source.name}.{key} was {before.get(key)!r} when the source entered the run; "
                     "add changed data as a new source"

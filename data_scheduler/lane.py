@@ -1,23 +1,26 @@
 """One lane's walk through one source: epochs, chunks, documents, tokens.
 
-A `DocumentStream` is an endless run of tokens: per epoch the lane's chunks in dealt order, within a chunk the documents
-in a seeded permutation, each followed by the end-of-document token. Where it stands is a `Position` of four integers,
-and from a position alone the stream continues exactly: opening it reads one chunk, whatever came before.
+A `LaneStream` is an endless run of tokens: per epoch the lane's chunks in dealt order, within a chunk the documents in
+a seeded permutation, each with the boundary tokens the configuration asks for. Where it stands is a `Position`, and
+from a position alone the stream continues exactly: opening it reads one chunk, whatever came before.
 
-Documents are encoded one by one, when they are reached: opening a 4 MB chunk costs reading and parsing it (6 ms), not
-encoding it (30 ms), and a call of the encoder costs 1 µs.
+A chunk is read when it is opened and encoded some 64 KB at a time; sequences are then cut from an array.
 """
 
+from bisect import bisect_right
 from typing import NamedTuple
 
-from data_scheduler.batch import ORDINAL_BITS
-from data_scheduler.encoder import Tokens
-from data_scheduler.formats.records import Document
+from data_scheduler.batch import Segments
+from data_scheduler.chunk_tokens import OpenChunk
+from data_scheduler.order import Int64
 from data_scheduler.source import SourceReader
+from data_scheduler.stretch import AnyTokens, Stretch, join
 from headrace.errors import DataError
 
 EMPTY_EPOCHS = 10_000
 """Epochs without a document for a lane before we say that there are more lanes than documents."""
+COMPACT_TOKENS = 1 << 14
+"""A used part of an open chunk is let go once it is this long and half of what is held."""
 
 
 class Position(NamedTuple):
@@ -29,73 +32,126 @@ class Position(NamedTuple):
     document: int = 0
     """Place in the chunk's permuted documents."""
     token: int = 0
-    """Token within that document."""
+    """Token within that document, boundary tokens included."""
+    generations: int = 1
+    """How often the source had got files when the lane began this epoch; later ones are at the end of its chunks."""
 
 
-class DocumentStream:
-    """The tokens of one lane in one source, from a position on, a document at a time.
+class ExhaustedError(Exception):
+    """The lane went through its documents of this source `max_epochs` times."""
 
-    The current document's tokens are `tokens` and, after them, the end-of-document token; `at` counts over both.
-    """
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+        """Tokens there were, fewer than asked for."""
+
+
+class LaneStream:
+    """The tokens of one lane in one source, from a position on."""
 
     def __init__(self, reader: SourceReader, lane: int, position: Position) -> None:
         self._reader = reader
         self._lane = lane
-        self._epoch, self._cursor, self._document, at = position
-        self._documents: list[Document] = []
-        self._ordinals: list[int] = []
-        self._chunk = -1
-        self.eos_id = reader.encoder.eos_id
-        self._open()
-        self.tokens = self._encode()
-        self.at = at
-        """Place in the document of the next token."""
+        self.generations: int | None = None
+        """The generations of files this stream sees; None: those that the reader's are at."""
+        self.dtype = reader.token_dtype
+        self.rewind(position)
+
+    def rewind(self, position: Position) -> None:
+        """Go on from `position`."""
+        self._epoch, self._cursor, self._document, self._at, self._generations = position
+        # `_at` is the place in the stretch of the next token; before one is open, in the document where it will begin.
+        self._stretch: Stretch | None = None
+        self._chunk: OpenChunk | None = None
+
+    @property
+    def seen_generations(self) -> int:
+        """How often the source has got files by now, for this stream."""
+        return self.generations or self._reader.generations
+
+    @property
+    def at_document_start(self) -> bool:
+        """Whether the next token is a document's first."""
+        return self.position.token == 0
 
     @property
     def position(self) -> Position:
         """Where the next token stands."""
-        if self.at > len(self.tokens):  # used up; the next document is not opened before it is asked for
-            return Position(self._epoch, self._cursor, self._document + 1, 0)
-        return Position(self._epoch, self._cursor, self._document, self.at)
+        if self._stretch is None:
+            return Position(self._epoch, self._cursor, self._document, self._at, self._generations)
+        place = bisect_right(self._stretch.begins, self._at) - 1
+        token = self._at - self._stretch.begins[place] + self._stretch.offsets[place]
+        return Position(self._epoch, self._cursor, self._document + place, token, self._generations)
 
-    @property
-    def document_id(self) -> int:
-        """The current document's id, as in a batch."""
-        return self._chunk << ORDINAL_BITS | self._ordinals[self._document]
+    def take(self, out: Int64 | AnyTokens) -> Segments:
+        """Fill `out` (integers[n]) with the next n tokens and say which documents are where.
 
-    def next_document(self) -> None:
-        """Go on to the document after the current one."""
-        self._document += 1
-        if self._document >= len(self._documents):
-            self._open()
-        self.tokens = self._encode()
-        self.at = 0
+        Raises ExhaustedError when there are fewer left; the stream then stands where it stood and `out` is of no use.
+        """
+        length = len(out)
+        stretch = self._stretch
+        if stretch is not None and len(stretch) - self._at > length:  # the usual case
+            out[:], segments = stretch.cut(self._at, length)
+            self._at += length
+            if self._at >= COMPACT_TOKENS:
+                self._compact()
+            return segments
+        parts: list[tuple[int, Segments]] = []
+        filled, before = 0, self.position
+        while filled < length:
+            try:
+                stretch = self._stretch if self._stretch is not None else self._open_next(filled)
+            except ExhaustedError:
+                self.rewind(before)
+                raise
+            count = min(length - filled, len(stretch) - self._at)
+            out[filled : filled + count], segments = stretch.cut(self._at, count)
+            parts.append((filled, segments))
+            filled += count
+            self._at += count
+            if self._at == len(stretch):
+                # What comes next is not read before it is asked for; whether the chunk has more, it knows.
+                self._document, self._at, self._stretch = self._document + len(stretch.begins), 0, None
+        self._compact()
+        return join(parts, length)
 
-    def _encode(self) -> Tokens:
-        document = self._documents[self._document]
-        return self._reader.encoder.encode(document) if isinstance(document, str) else document
+    def _compact(self) -> None:
+        """Let go of tokens that were used: open chunks are most of what a scheduler holds in memory."""
+        stretch = self._stretch
+        if stretch is not None and self._at >= COMPACT_TOKENS and 2 * self._at >= len(stretch):
+            self._stretch, gone = stretch.tail(self._at)
+            self._document += gone
+            self._at = 0
 
-    def _open(self) -> None:
-        """Make the chunk at (epoch, cursor) current, moving on while there is no document left there."""
-        empty_epochs = 0
+    def _open_next(self, filled: int) -> Stretch:
+        """Encode what comes next in the chunk at (epoch, cursor), moving on when there is no document left there.
+
+        Raises ExhaustedError, saying how many tokens had been `filled` in, or DataError.
+        """
+        reader, empty_epochs = self._reader, 0
+        generations = self.seen_generations
         while True:
-            hand = self._reader.hand(self._epoch, self._lane)
-            if self._cursor < len(hand):
-                chunk = int(hand[self._cursor])
-                if chunk != self._chunk:
-                    self._documents, ordinals = self._reader.documents(chunk, self._epoch)
-                    self._ordinals = ordinals.tolist()
-                    self._chunk = chunk
-                if self._document < len(self._documents):
-                    return
-                empty_epochs = 0 if self._documents else empty_epochs
-                self._cursor += 1
+            if self._chunk is None:
+                hand = reader.hand(self._epoch, self._lane, self._generations, generations)
+                if self._cursor == len(hand):
+                    # At the end of its last epoch a lane stays where it is: new files may still join that epoch.
+                    if reader.max_epochs is not None and self._epoch + 1 >= reader.max_epochs:
+                        raise ExhaustedError(filled)
+                    empty_epochs += 1
+                    if empty_epochs > EMPTY_EPOCHS:
+                        raise DataError(
+                            f"source {reader.config.name!r} has too few documents for {reader.lanes} lanes; "
+                            "give it more data or lower data.lanes"
+                        )
+                    self._epoch, self._cursor, self._generations = self._epoch + 1, 0, generations
+                    continue
+                self._chunk = OpenChunk(reader, int(hand[self._cursor]), self._epoch, self._document)
+            stretch = self._chunk.encode_group()
+            if stretch is None:
+                self._chunk = None
+                self._cursor, self._document, self._at = self._cursor + 1, 0, 0
+            elif len(stretch) == 0:
+                self._document += len(stretch.begins)
             else:
-                empty_epochs += 1
-                if empty_epochs > EMPTY_EPOCHS:
-                    raise DataError(
-                        f"source {self._reader.config.name!r} has too few documents for {self._reader.lanes} lanes; "
-                        "give it more data or lower data.lanes"
-                    )
-                self._epoch, self._cursor = self._epoch + 1, 0
-            self._document, self._chunk = 0, -1
+                self._stretch = stretch
+                return stretch

@@ -1,11 +1,11 @@
 """From the paths of a source to a sorted list of files with sizes; local paths and fsspec URLs alike."""
 
-import glob
 import os
-from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
-from headrace.errors import ConfigError
+from data_scheduler.listing import File, local_files
+from data_scheduler.remote import list_url, open_url
+from headrace.errors import ConfigError, UnreachableError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 FORMATS = {
@@ -19,8 +19,21 @@ FORMATS = {
     ".text": "text",
     ".npy": "npy",
     ".bin": "megatron",
+    ".ds": "ds",
+    ".warc": "datatrove:warc",
+    ".wet": "datatrove:warc",
 }
-UNCOMPRESSED = ("parquet", "arrow", "npy", "megatron")
+DATATROVE = "datatrove:"
+"""What the formats that datatrove reads begin with; the name of its reader follows."""
+READER_SUFFIXES = {
+    "warc": (".warc", ".wet", ".arc"),
+    "jsonl": (".jsonl", ".json", ".ndjson"),
+    "csv": (".csv",),
+    "parquet": (".parquet",),
+    "ipc": (".arrow", ".feather", ".ipc"),
+}
+"""Which files of a folder a datatrove reader gets."""
+UNCOMPRESSED = ("parquet", "arrow", "npy", "megatron", "ds")
 """Formats that are read in place; compressing the file as a whole would defeat them."""
 
 
@@ -46,61 +59,49 @@ def file_kind(path: str, wanted: str = "auto") -> tuple[str, str | None]:
     return kind, compression
 
 
-def expand(patterns: list[str], owner: str) -> list[tuple[str, int]]:
-    """Every file behind `patterns` with its size in bytes, sorted by path, each once.
+def expand(patterns: list[str], owner: str, wanted: str = "auto") -> list[tuple[str, int]]:
+    """Every file behind `patterns` with its size in bytes; see `list_files`."""
+    return [(file.path, file.size) for file in list_files(patterns, owner, wanted)]
 
-    A folder stands for the files of known format below it. Raises ConfigError naming `owner` when a pattern matches
-    nothing.
+
+def list_files(patterns: list[str], owner: str, wanted: str = "auto") -> list[File]:
+    """Every file behind `patterns`, sorted by path, each once.
+
+    A folder stands for the files of known format below it (those of a datatrove reader where `wanted` names one).
+    Raises ConfigError naming `owner` when a pattern matches nothing, UnreachableError when a store does not answer.
     """
-    found: dict[str, int] = {}
+    found: dict[str, File] = {}
     for pattern in patterns:
-        files = _expand_url(pattern) if is_url(pattern) else _expand_local(pattern)
+        if is_url(pattern):
+            try:
+                sizes = list_url(pattern, lambda name: _is_known(name, wanted))
+            except (ConfigError, UnreachableError) as error:
+                raise type(error)(f"{owner}: {error}") from None
+            files = [File(url, size, "") for url, size in sizes.items()]
+        else:
+            files = local_files(pattern, lambda path: _is_known(path, wanted))
         if not files:
             raise ConfigError(f"{owner}: no file at {pattern}")
-        found.update(files)
-    return sorted(found.items())
+        found.update((file.path, file) for file in files)
+    return [found[path] for path in sorted(found)]
 
 
-def _expand_local(pattern: str) -> dict[str, int]:
-    matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    files: dict[str, int] = {}
-    for match in matches:
-        if os.path.isdir(match):
-            below = (str(path) for path in Path(match).rglob("*") if path.is_file())
-            files.update({path: os.path.getsize(path) for path in below if _is_known(path)})
-        else:
-            files[match] = os.path.getsize(match)
-    return files
-
-
-def _expand_url(pattern: str) -> dict[str, int]:
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(pattern)
-    if glob.has_magic(path):
-        infos = system.glob(path, detail=True)
-    elif system.isdir(path):
-        infos = {name: info for name, info in system.find(path, detail=True).items() if _is_known(name)}
-    else:
-        infos = {path: system.info(path)} if system.exists(path) else {}
-    unsized = [name for name, info in infos.items() if info.get("size") is None]
-    if unsized:
-        raise ConfigError(f"{unsized[0]}: the server does not say how large the file is; copy it to a store that does")
-    return {system.unstrip_protocol(name): int(info["size"]) for name, info in infos.items()}
-
-
-def _is_known(path: str) -> bool:
+def _is_known(path: str, wanted: str = "auto") -> bool:
+    """Whether a folder's file is taken: one of a known name, for a datatrove reader one that it reads."""
+    name = os.path.basename(path)
+    if name.startswith("."):
+        return False
+    if wanted.startswith(DATATROVE):
+        stem, suffix = os.path.splitext(name)
+        suffix = os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
+        return suffix in READER_SUFFIXES[wanted.removeprefix(DATATROVE)]
     try:
         file_kind(path)
     except ConfigError:
         return False
-    return not os.path.basename(path).startswith(".")
+    return True
 
 
 def open_binary(path: str) -> IO[bytes]:
-    """Open a local file or URL for reading bytes, with seek."""
-    if not is_url(path):
-        return open(path, "rb")
-    import fsspec
-
-    return cast("IO[bytes]", fsspec.open(path, "rb").open())
+    """Open a local file or URL for reading bytes, with seek. Raises OSError; for URLs also what `open_url` raises."""
+    return open_url(path) if is_url(path) else open(path, "rb")

@@ -1,55 +1,115 @@
 """Raw bytes to documents: the door to the formats.
 
 A *unit* is the smallest separately readable piece of a file: a byte range of an uncompressed line file, a row group of
-a parquet file, a record batch of an Arrow file, a stretch of documents of a `.bin` file, or a whole file otherwise.
+a parquet file, a record batch of an Arrow file, a stretch of documents of a token file, or a whole file otherwise.
 Nothing is dropped silently: records in = documents + rejects + records the source's filter left out.
 """
 
+import contextlib
+import io
 import itertools
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import IO
 
 from data_scheduler.config import SourceConfig
 from data_scheduler.extract import Extractor
-from data_scheduler.formats import columns, lines, plain, tokens
+from data_scheduler.formats import columns, csv, datatrove_files, lines, plain, token_index, tokens
 from data_scheduler.formats.compression import CODECS
 from data_scheduler.formats.records import Records, Unit
-from data_scheduler.paths import file_kind
+from data_scheduler.formats.token_index import TokenIndex
+from data_scheduler.paths import DATATROVE, file_kind, open_binary
+
+TOKEN_KINDS = ("megatron", "ds")
+LAYOUT_KINDS = ("parquet", "arrow", *TOKEN_KINDS)
+"""Formats whose files have parts of their own."""
+KEPT_INDEXES = 4
+"""Token files whose index is kept: every stretch of a file needs it, and it may be 100 MB."""
+
+
+class ChangedFile(OSError):
+    """A file that is not what it was when it entered the run."""
 
 
 class UnitReader:
     """Reads the units of one source."""
 
-    def __init__(self, config: SourceConfig, eos_id: int = 0, vocab_size: int = 1 << 32) -> None:
-        """`eos_id` and `vocab_size` are the tokenizer's; only files of token ids need them."""
+    def __init__(
+        self,
+        config: SourceConfig,
+        eos_id: int = 0,
+        vocab_size: int = 1 << 32,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        """`eos_id` and `vocab_size` are the tokenizer's; only files of token ids need them. `sizes`: bytes of each file
+        when it entered the run; a file that has another size now is rejected."""
         self.config = config
         self.extractor = Extractor(config)
-        self._eos_id, self._vocab_size = eos_id, vocab_size
+        self._vocabulary = tokens.Vocabulary(eos_id, vocab_size)
+        self._sizes = sizes or {}
+        self._indexes: OrderedDict[str, TokenIndex] = OrderedDict()
 
     def read(self, unit: Unit) -> Records:
         """All records of a unit. A file that cannot be opened or decoded at all gives one reject that says so."""
         try:
-            return self._read(unit)
+            with self.open(unit.path) as file:
+                return self._read(unit, file)
         except OSError as error:
-            records = Records()
-            records.reject(f"cannot be read: {error.strerror or error}")
-            return records
+            return unreadable(error)
 
-    def _read(self, unit: Unit) -> Records:
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        """The file of a unit. Raises OSError, also when it is not as large as when it entered the run."""
+        with open_binary(path) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            entered = self._sizes.get(path, size)
+            if size != entered:
+                raise ChangedFile(f"the file has {size} bytes, {entered} when it entered the run")
+            yield file
+
+    def _read(self, unit: Unit, file: IO[bytes]) -> Records:
         kind, suffix = file_kind(unit.path, self.config.format)
         codec = CODECS[suffix] if suffix else None
         if kind == "jsonl":
-            return lines.read(unit, codec, self.extractor)
+            return lines.read(file, unit, codec, self.extractor)
         if kind == "parquet":
-            return columns.read_parquet(unit, self.extractor)
+            return columns.read_parquet(file, unit, self.extractor)
         if kind == "arrow":
-            return columns.read_arrow(unit, self.extractor)
+            return columns.read_arrow(file, unit, self.extractor)
         if kind == "csv":
-            return columns.read_csv(unit, codec, self.extractor)
+            return csv.read(file, codec, self.extractor)
         if kind == "npy":
-            return tokens.read_npy(unit, self._eos_id, self._vocab_size)
-        if kind == "megatron":
-            return tokens.read_megatron(unit, self._eos_id, self._vocab_size)
-        return plain.read(unit.path, codec)
+            return tokens.read_npy(file, self._vocabulary)
+        if kind in TOKEN_KINDS:
+            size = file.seek(0, io.SEEK_END)
+            try:
+                index = self._index(unit.path, kind, size)
+            except ValueError as error:
+                return rejected(str(error))
+            return tokens.read_indexed(file, size, unit, index, self._vocabulary)
+        if kind.startswith(DATATROVE):
+            return datatrove_files.read(kind.removeprefix(DATATROVE), file, codec, self.extractor)
+        return plain.read(file, codec, self.extractor)
+
+    def _index(self, path: str, kind: str, size: int) -> TokenIndex:
+        if path not in self._indexes:
+            self._indexes[path] = token_index.read_index(path, kind, size)
+            if len(self._indexes) > KEPT_INDEXES:
+                self._indexes.popitem(last=False)
+        return self._indexes[path]
+
+
+def rejected(reason: str) -> Records:
+    """What a unit that cannot be read gives: one reject."""
+    records = Records()
+    records.reject(reason)
+    return records
+
+
+def unreadable(error: OSError) -> Records:
+    """What a file that cannot be opened gives: one reject."""
+    return rejected(str(error) if isinstance(error, ChangedFile) else f"cannot be read: {error.strerror or error}")
 
 
 def read_documents(path: str, format: str = "auto", text_key: str = "text") -> Iterator[str]:
@@ -68,18 +128,24 @@ def whole_file(path: str, format: str = "auto") -> list[Unit]:
 
 def layout_units(path: str, format: str, layout: columns.Layout) -> list[Unit]:
     """The units of a file's layout: row groups and record batches by number, token files by document."""
-    if file_kind(path, format)[0] != "megatron":
+    if file_kind(path, format)[0] not in TOKEN_KINDS:
         return [Unit(path, group, group + 1) for group in range(len(layout))]
     edges = [0, *itertools.accumulate(documents for documents, _ in layout)]
     return [Unit(path, start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def column_layout(path: str, format: str = "auto") -> columns.Layout | None:
-    """(records, bytes) of every row group, record batch or stretch of documents; None for formats that have none."""
+    """(records, bytes) of every row group, record batch or stretch of documents; None for formats that have none.
+
+    Raises OSError or ValueError for a broken file.
+    """
     kind, _ = file_kind(path, format)
-    layouts = {
-        "parquet": columns.parquet_layout,
-        "arrow": columns.arrow_layout,
-        "megatron": tokens.megatron_layout,
-    }
-    return layouts[kind](path) if kind in layouts else None
+    if kind not in LAYOUT_KINDS:
+        return None
+    with open_binary(path) as file:
+        if kind in TOKEN_KINDS:
+            return token_index.stretches(token_index.read_index(path, kind, file.seek(0, io.SEEK_END)))
+        try:
+            return columns.parquet_layout(file) if kind == "parquet" else columns.arrow_layout(file)
+        except (MemoryError, IndexError, NotImplementedError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(str(error) or type(error).__name__) from None

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import orjson
 
 from data_scheduler.batch import ORDINAL_BITS, Batch
 from data_scheduler.config import DataConfig
+from data_scheduler.encoder import Encoder
+from data_scheduler.formats.records import Document, MarkedText
 from data_scheduler.identity import source_configs
 from data_scheduler.journal import Journal
-from data_scheduler.order import Int64
+from data_scheduler.lane import LaneStream, Position
+from data_scheduler.packers import PACKERS
+from data_scheduler.packing import Carry
 from data_scheduler.plan import Plan
 from data_scheduler.scheduler import Scheduler
 from data_scheduler.source import SourceReader
@@ -32,7 +37,7 @@ class TracedDocument(NamedTuple):
     record: int
     """Number of the record in the file, counted from 0; in the byte range `within` where there is one."""
     within: tuple[int, int] | None
-    """Byte range of the file the record is counted in; None: the whole file."""
+    """Byte range of the file's text (decompressed) the record is counted in; None: the whole file."""
     token_start: int
     token_stop: int
     """The document's tokens [token_start, token_stop) are in the batch; the last may be the end-of-document token."""
@@ -67,14 +72,38 @@ def replay(run_dir: str | Path, first: int, last: int) -> Iterator[Batch]:
             return
 
 
+def recorded_hashes(run_dir: str | Path) -> dict[int, str]:
+    """step → the hash that training recorded in `metrics.jsonl`; of a step trained twice the last one."""
+    path = Path(run_dir) / "metrics.jsonl"
+    found: dict[int, str] = {}
+    if path.exists():
+        with open(path, "rb") as lines:
+            for line in lines:
+                try:
+                    record = orjson.loads(line)
+                except orjson.JSONDecodeError:
+                    continue  # a line that a kill has torn
+                if isinstance(record, dict) and "batch_sha256" in record:
+                    found[int(record["step"])] = str(record["batch_sha256"])
+    return found
+
+
 def trace(run_dir: str | Path, step: int, slot: int | None = None) -> list[TracedDocument]:
     """Every stretch of a document in a step's global batch, or in one slot of it."""
     batch = next(iter(replay(run_dir, step, step)))
     if slot is not None and not 0 <= slot < len(batch.slots):
         raise ConfigError(f"slot {slot}: step {step} has slots 0 to {len(batch.slots) - 1}")
-    readers = open_run(run_dir).readers
+    scheduler = open_run(run_dir)
+    scheduler.see_files_of(step)
+    readers = scheduler.readers
     rows = range(len(batch.slots)) if slot is None else [slot]
     return [document for row in rows for document in _trace_row(batch, row, readers)]
+
+
+def _text(document: Document | None, encoder: Encoder) -> str:
+    if isinstance(document, MarkedText):
+        return document.text
+    return document if isinstance(document, str) else "" if document is None else encoder.decode(document)
 
 
 def _trace_row(batch: Batch, row: int, readers: list[SourceReader]) -> Iterator[TracedDocument]:
@@ -83,13 +112,13 @@ def _trace_row(batch: Batch, row: int, readers: list[SourceReader]) -> Iterator[
     for number, document in enumerate(batch.segment_ids[row].tolist()):
         chunk, place = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
         unit = reader.chunks[chunk].unit
-        begin = int(batch.offsets[row]) if number == 0 else 0
+        begin = int(batch.offsets[row][number])
         length = edges[number + 1] - edges[number]
-        found = reader.records(chunk)[0].documents[place]
-        text = found if isinstance(found, str) or found is None else reader.encoder.decode(found)
-        record, within = reader.record_number(unit, place)
+        records, _ = reader.records(chunk)
+        text = _text(records.documents[place], reader.encoder)
+        record, within = reader.record_number(chunk, records, place)
         yield TracedDocument(
-            int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text or ""
+            int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text
         )
 
 
@@ -110,34 +139,61 @@ class LedgerRow(NamedTuple):
 
 def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[LedgerRow]]:
     """(step, one row per source), exact after `step` steps; by default at the newest kept state."""
-    snapshots = Snapshots(run_dir)
-    scheduler = open_run(run_dir)
-    kept = snapshots.steps()
+    kept = Snapshots(run_dir).steps()
     at = step if step is not None else (kept[-1] if kept else 0)
-    state = snapshots.nearest(at)
-    if state is not None:
-        scheduler.load_state_dict(state)
-    while scheduler.state_dict()["step"] < at:
-        next(scheduler)
+    scheduler = _at_step(run_dir, at)
     state = scheduler.state_dict()
     asked = _asked(scheduler.plan, scheduler.names, at)
-    drawn = np.asarray(state["drawn"])
-    total = max(1, int(drawn.sum()))
+    given = np.asarray(state["given"]).sum(axis=0)
+    total = max(1, int(given[:, 0].sum()))
     rows = []
     for number, reader in enumerate(scheduler.readers):
-        positions = np.asarray(state["positions"])[:, number]
+        places = [scheduler.place(lane, number) for lane in range(scheduler.config.lanes)]
+        sequences, tokens = given[number].tolist()
         rows.append(
             LedgerRow(
                 reader.config.name,
-                int(drawn[number]),
-                int(np.asarray(state["tokens"])[number]),
+                sequences,
+                tokens,
                 asked[number],
-                float(drawn[number]) / total,
-                _epochs(reader, positions),
-                _documents_seen(reader, positions),
+                sequences / total,
+                _epochs(reader, [position for position, _ in places]),
+                _documents_seen(reader, places, scheduler.config.packing, _joined(run_dir, scheduler, number, at)),
             )
         )
     return at, rows
+
+
+def _at_step(run_dir: str | Path, step: int) -> Scheduler:
+    """A replaying scheduler that has given `step` steps."""
+    scheduler = open_run(run_dir)
+    state = Snapshots(run_dir).nearest(step)
+    if state is not None:
+        scheduler.load_state_dict(state)
+    while scheduler.state_dict()["step"] < step:
+        next(scheduler)
+    scheduler.see_files_of(step)
+    return scheduler
+
+
+def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -> list[list[int]]:
+    """Per joining of new files before `step`, the epoch that each lane's stream was in: new chunks are in that one and
+    those after it."""
+    name, packing = scheduler.names[source], PACKERS[scheduler.config.packing]
+    joined = []
+    for growth in scheduler.plan.grown.get(name, []):
+        if growth.step < step:
+            then = _at_step(run_dir, growth.step)
+            reader = then.readers[source]
+            places = [then.place(lane, source) for lane in range(then.config.lanes)]
+            streams = [(LaneStream(reader, lane, position), carry) for lane, (position, carry) in enumerate(places)]
+            joined.append(
+                [
+                    packing(*opened).reached.epoch if opened[1].bins > 0 else opened[0].position.epoch
+                    for opened in streams
+                ]
+            )
+    return joined
 
 
 def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
@@ -152,27 +208,35 @@ def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
     return [asked[name] / max(1, sequences) for name in names]
 
 
-def _epochs(reader: SourceReader, positions: Int64) -> float:
+def _epochs(reader: SourceReader, positions: list[Position]) -> float:
     done = 0.0
-    for lane, (epoch, cursor, _, _) in enumerate(positions.tolist()):
-        done += epoch + cursor / max(1, len(reader.hand(epoch, lane)))
+    for lane, position in enumerate(positions):
+        hand = reader.hand(position.epoch, lane, position.generations, reader.generations)
+        done += position.epoch + position.cursor / max(1, len(hand))
     return done / len(positions)
 
 
-def _documents_seen(reader: SourceReader, positions: Int64) -> list[int]:
+def _documents_seen(
+    reader: SourceReader, places: list[tuple[Position, Carry]], packing: str, joined: list[list[int]]
+) -> list[int]:
     """How many documents were seen 0, 1, 2, … times. Reads every chunk once."""
     documents = [reader.records(chunk)[1] for chunk in range(len(reader.chunks))]
-    seen = [np.zeros(len(places), dtype=np.int64) for places in documents]
-    for lane, (epoch, cursor, document, token) in enumerate(positions.tolist()):
-        for past in range(epoch):
-            for chunk in reader.hand(past, lane).tolist():
-                seen[chunk] += 1
-        hand = reader.hand(epoch, lane).tolist()
-        for chunk in hand[:cursor]:
+    seen = [np.zeros(len(ordinals), dtype=np.int64) for ordinals in documents]
+    for lane, (position, carry) in enumerate(places):
+        for past in range(position.epoch):
+            for chunk in reader.hand(past, lane, 1, reader.generations).tolist():
+                generation = reader.generation_of(chunk)
+                seen[chunk] += generation == 0 or past >= joined[generation - 1][lane]
+        hand = reader.hand(position.epoch, lane, position.generations, reader.generations).tolist()
+        for chunk in hand[: position.cursor]:
             seen[chunk] += 1
-        if cursor < len(hand):
-            _, order = reader.documents(hand[cursor], epoch)
-            begun = order[: document + (1 if token else 0)]
-            seen[hand[cursor]][np.isin(documents[hand[cursor]], begun)] += 1
+        if position.cursor < len(hand):
+            chunk = hand[position.cursor]
+            order = reader.order(chunk, len(documents[chunk]), position.epoch)
+            seen[chunk][order[: position.document + (1 if position.token else 0)]] += 1
+        if carry.bins > 0:  # what was given of the packer's open window comes on top
+            for document in PACKERS[packing](LaneStream(reader, lane, position), carry).begun().tolist():
+                chunk, ordinal = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
+                seen[chunk][documents[chunk].searchsorted(ordinal)] += 1
     counts = np.bincount(np.concatenate(seen)) if documents else np.zeros(1, dtype=np.int64)
     return [int(count) for count in counts]

@@ -15,32 +15,39 @@ lanes 0 and 2, rank 1 those of 1 and 3. With DP = 1 one rank packs all four, the
 """
 
 import os
-import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_scheduler.batch import Batch, RejectedRecord, sequence_digest
+from data_scheduler.batch import Batch, BoolArray, RejectedRecord, Segments
 from data_scheduler.config import DataConfig
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import check_same_run, sample_texts
 from data_scheduler.journal import Event, Journal, Kind
-from data_scheduler.lane import DocumentStream, Position
+from data_scheduler.lane import ExhaustedError, LaneStream, Position
+from data_scheduler.layout_index import LayoutIndex
+from data_scheduler.listing import File
+from data_scheduler.loader import Loader, Stopped
 from data_scheduler.manifest import Manifest, check_unchanged
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
 from data_scheduler.order import Int64
-from data_scheduler.packing import PACKERS
-from data_scheduler.plan import Plan
+from data_scheduler.packers import PACKERS
+from data_scheduler.packing import Carry, Packer
+from data_scheduler.paths import list_files
+from data_scheduler.plan import Growth, Plan
 from data_scheduler.policies import Feedback, make_policy
 from data_scheduler.source import SourceReader
-from data_scheduler.state import State, Touched
+from data_scheduler.state import EXHAUSTED, State, Touched
 from data_scheduler.unit_cache import UnitCache
-from headrace.errors import ConfigError, LayoutError
+from headrace.errors import ConfigError, DataError, LayoutError
 from headrace.version import __version__
+
+GOLDEN = 11400714819323198485
+"""2⁶⁴ over the golden ratio."""
 
 
 class _Produced(NamedTuple):
@@ -49,7 +56,7 @@ class _Produced(NamedTuple):
     batch: Batch
     touched: list[Touched]
     owed: Int64
-    counts: Int64
+    batch_size: int
     width: int
     policy: dict[str, Any]
     wanted: dict[str, float]
@@ -68,14 +75,16 @@ class Scheduler:
         journal: Journal | None = None,
         encoder: Encoder | None = None,
         replaying: bool = False,
+        watch: bool | None = None,
     ) -> None:
         """Open the sources, or those of the journal in `run_dir` when there is one.
 
         Rank 0 writes the journal; other ranks must be made after rank 0's so that they read its manifests. With
-        `replaying` the journal alone decides and nothing is added to it. Raises ConfigError, LayoutError or DataError.
+        `replaying` the journal alone decides and nothing is added to it. Sources with `watch` are looked after here
+        when there is one rank (`watch` overrides that); with several, hand what `new_files` finds on one of them to
+        `grow` on all. Raises ConfigError, LayoutError or DataError.
         """
         check_layout(config, dp_rank, dp_size)
-        self.config = config
         self._replaying = replaying
         self.names = [source.name for source in config.sources]
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -84,10 +93,13 @@ class Scheduler:
             journal = Journal(path, writable=dp_rank == 0 and not replaying)
         self.journal = journal
         fresh = not journal.events
+        begun_with = None if fresh else journal.events[0].data["data"]["chunk_bytes"]
+        self.config = config = config.model_copy(update={"chunk_bytes": begun_with or config.settled_chunk_bytes})
         known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
-        for manifest in known.values():
+        for manifest in [*known.values(), *(Manifest.from_data(event.data) for event in journal.of("grown"))]:
             check_unchanged(manifest)
-        new = {source.name: Manifest.take(source) for source in config.sources if source.name not in known}
+        self._index = LayoutIndex(config.cache_folder() / "index.sqlite")
+        new = {source.name: Manifest.take(source, self._index) for source in config.sources if source.name not in known}
         manifests = known | new
         self.encoder = encoder or load_encoder(
             config.tokenizer, fast=config.fast_tokenizer, samples=sample_texts(config, manifests)
@@ -105,15 +117,22 @@ class Scheduler:
             self.readers.append(SourceReader(source, manifests[source.name], config, self.encoder, cache))
         initial = {source.name: source.weight for source in config.sources}
         self._policy = make_policy(config.policy.kind, config.policy.options, initial)
-        if self._policy.uses_feedback and config.policy.horizon <= config.prefetch:
+        self._watched = [source for source in config.sources if source.watch]
+        self._watches_itself = dp_size == 1 if watch is None else watch
+        self._last_look: dict[str, dict[str, File]] = {}
+        self._grown: dict[str, list[Growth]] = {}
+        listening = (
+            self._policy.uses_feedback or bool(self._watched) or any(source.max_epochs for source in config.sources)
+        )
+        if listening and config.policy.horizon <= config.prefetch:
             raise ConfigError(
                 f"data.policy.horizon: {config.policy.horizon} must be larger than data.prefetch ({config.prefetch})"
             )
-        self._packer = PACKERS[config.packing]()
+        self._new_packer = PACKERS[config.packing]
         self._consumed = State.fresh(config.lanes, self.names)
         self._reported: dict[int, Feedback] = {}
         self._report_arrived = threading.Condition()
-        self._loader: _Loader | None = None
+        self._loader: Loader[_Produced] | None = None
         self._rewind()
 
     # -- consuming -----------------------------------------------------------------------------------------------
@@ -129,16 +148,67 @@ class Scheduler:
             produced = self._produce()
         else:
             if self._loader is None:
-                self._loader = _Loader(self._produce, self.config.prefetch)
+                self._loader = Loader(self._produce, self.config.prefetch)
             produced = self._loader.get()
         produced.batch.wait_s = time.perf_counter() - began
-        self._consumed.consume(produced.touched, produced.owed, produced.counts, produced.width)
+        self._consumed.consume(produced.touched, produced.owed, produced.batch_size, produced.width)
         self._consumed.policy, self._consumed.wanted = produced.policy, produced.wanted
         self._consumed.keep_feedback_from(self._consumed.step - self.config.policy.horizon)
+        if self._watched and self._watches_itself and not self._replaying and self.is_time_to_look:
+            self.grow(self.new_files())
         return produced.batch
 
-    def feedback(self, step: int, source_loss: Mapping[str, float], source_tokens: Mapping[str, int]) -> None:
-        """Report a trained step's loss per token and tokens per source, summed over all ranks; every rank must."""
+    @property
+    def is_time_to_look(self) -> bool:
+        """Whether new files are due to be looked for, after the batch given last."""
+        return bool(self._watched) and self._consumed.step % self.config.watch_every == 0
+
+    def new_files(self) -> dict[str, dict[str, Any]]:
+        """Files behind the paths of watched sources that are in no manifest yet, by source, as `grow` wants them.
+
+        A file counts once two looks in a row found it with the same size and time: one that is still being written
+        waits for the next. Raises ConfigError or DataError.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for source in self._watched:
+            reader = self.readers[self.names.index(source.name)]
+            known = {path for path, _ in reader.manifest.files}
+            for growth in self.plan.grown.get(source.name, []):
+                known |= {path for path, _ in Manifest.from_data(growth.manifest).files}
+            files = list_files(source.paths, f"source {source.name!r}", source.format)
+            look = {file.path: file for file in files if file.path not in known and file.size}
+            before = self._last_look.get(source.name, {})
+            ready = [file for path, file in look.items() if before.get(path) == file]
+            self._last_look[source.name] = look
+            if ready:
+                found[source.name] = Manifest.of(source, ready, self._index).to_data()
+        return found
+
+    def grow(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Let the files of `new_files` join from `horizon` steps after the batch given last; every rank must."""
+        for name in sorted(found):
+            data = {**found[name], "reported": self._consumed.step - 1}
+            self._record("grown", self._consumed.step - 1 + self.config.policy.horizon, data, "system")
+
+    def feedback(
+        self,
+        step: int,
+        source_loss: Mapping[str, float],
+        source_tokens: Mapping[str, int],
+        exhausted: Iterable[str] = (),
+    ) -> None:
+        """Report a trained step's loss per token and tokens per source, summed over all ranks; every rank must.
+
+        `exhausted` names the sources that are in `Batch.exhausted` on every rank: from step + horizon on their share is
+        planned for the others, until then lanes replace them sequence by sequence.
+        """
+        for name in exhausted:
+            limit = self.plan.limits.at(step).get(name)
+            known = self.plan.capped.get(name)
+            seen = self.plan.generations(name, step)
+            if limit is not None and (known is None or (known.max_epochs, known.generations) != (limit, seen)):
+                data = {"source": name, "max_epochs": limit, "generations": seen, "reported": step}
+                self._record("capped", step + self.config.policy.horizon, data, "system")
         report = Feedback(step, dict(source_loss), dict(source_tokens))
         self._consumed.feedback.append(report)
         with self._report_arrived:
@@ -159,6 +229,14 @@ class Scheduler:
         self._resuming, self._begun = True, False
         self._rewind()
 
+    def place(self, lane: int, source: int) -> tuple[Position, Carry]:
+        """Where consumption stands in one of this rank's lanes."""
+        return self._consumed.place(lane, source)
+
+    def see_files_of(self, step: int) -> None:
+        """Make the readers see the files and limits of `step`, for looking at chunks without preparing a batch."""
+        self._apply_limits(step)
+
     def close(self) -> None:
         """Stop the loader thread."""
         if self._loader is not None:
@@ -174,51 +252,147 @@ class Scheduler:
         """Set the producing side to where consumption stands."""
         self._step = self._consumed.step
         self._sequences = self._consumed.sequences
-        self._positions = self._consumed.positions.copy()
+        self._sources_through: set[tuple[int, int]] = set()
+        """(lane, source) pairs that have reached the limit in force."""
         self._mixer = Mixer(len(self.names))
         self._mixer.owed = self._consumed.owed.copy()
-        self._streams: dict[tuple[int, int], DocumentStream] = {}
+        self._packers: dict[tuple[int, int], Packer] = {}
+        self._places = self._consumed.copy()
+        self._limits: Mapping[str, int | None] | None = None
+        self._generations: list[int] = []
         self._policy.load_state_dict(self._consumed.policy)
         self._wanted = dict(self._consumed.wanted)
+        self._shares_of: Mapping[str, float] = {}
+        self._shares_known = np.zeros(0, np.int64)
         self._reported = {report.step: report for report in self._consumed.feedback}
         self._heard = self._step - 1 - self.config.policy.horizon
 
     def _produce(self) -> _Produced:
         """Prepare the next step: the only place where batches come from."""
-        step, lanes = self._step, self.config.lanes
-        shares = quantize(self._weights(step), self.names)
+        step = self._step
+        shares = self._shares(step)
         shape = self.plan.shape.at(step)
         batch_size, width = shape["global_batch_size"], shape["seq_len"] + 1
+        self._apply_limits(step)
         counts = self._mixer.counts(shares, batch_size)
         sources = slots(counts, self.config.seed, step)
-        own = range((self._dp_rank - self._sequences) % self._dp_size, batch_size, self._dp_size)
+        own = np.arange((self._dp_rank - self._sequences) % self._dp_size, batch_size, self._dp_size, dtype=np.int64)
         tokens = np.empty((len(own), width), dtype=np.int64)
-        starts, segment_ids, digests, touched = [], [], [], []
-        offsets = np.empty(len(own), dtype=np.int64)
-        for row, slot in enumerate(own):
-            lane, source = (self._sequences + slot) % lanes, int(sources[slot])
-            stream = self._stream(lane, source)
-            segments = self._packer.pack(stream, tokens[row])
-            starts.append(segments.starts)
-            segment_ids.append(segments.document_ids)
-            offsets[row] = segments.offset
-            digests.append(sequence_digest(source, segments.starts, tokens[row]))
-            touched.append(Touched(lane, source, stream.position))
-        own_slots = np.array(own, dtype=np.int64)
-        source_ids = sources[own_slots].astype(np.int64)
+        source_ids = sources[own].astype(np.int64)
+        packed: list[Segments] = []
+        touched: list[Touched] = []
+        for row, (slot, source) in enumerate(zip(own.tolist(), source_ids.tolist(), strict=True)):
+            given, segments = self._pack(self._sequences + slot, source, shares, tokens[row], touched)
+            packed.append(segments)
+            source_ids[row] = given
         batch = Batch(
-            step, tokens, starts, source_ids, segment_ids, offsets, own_slots, digests, rejects=self._take_rejects()
+            step,
+            tokens,
+            [segments.starts for segments in packed],
+            source_ids,
+            [segments.document_ids for segments in packed],
+            [segments.offsets for segments in packed],
+            own,
+            [segments.weights for segments in packed],
+            self._exhausted(),
+            rejects=self._take_rejects(),
         )
         self._step += 1
         self._sequences += batch_size
-        return _Produced(batch, touched, self._mixer.owed, counts, width, self._policy.state_dict(), self._wanted)
+        return _Produced(batch, touched, self._mixer.owed, batch_size, width, self._policy.state_dict(), self._wanted)
 
-    def _stream(self, lane: int, source: int) -> DocumentStream:
+    def _pack(
+        self, sequence: int, source: int, shares: Int64, row: Int64, touched: list[Touched]
+    ) -> tuple[int, Segments]:
+        """(source, segments) of a sequence, from `source` or, where its lane is through with that, another."""
+        lane = sequence % self.config.lanes
+        while True:
+            if (lane, source) not in self._sources_through:
+                packer = self._packer(lane, source)
+                try:
+                    segments = packer.pack(row)
+                except ExhaustedError:
+                    reader = self.readers[source]
+                    reached = Carry(width=reader.max_epochs or 0, bins=EXHAUSTED, generations=reader.generations)
+                    touched.append(Touched(lane, source, packer.position, reached))
+                    self._places.positions[lane, source] = packer.position + reached
+                    self._packers.pop((lane, source))
+                    self._sources_through.add((lane, source))
+                else:
+                    touched.append(Touched(lane, source, packer.position, packer.carry))
+                    return source, segments
+            source = self._substitute(lane, sequence, shares)
+
+    def _substitute(self, lane: int, sequence: int, shares: Int64) -> int:
+        """The source that takes the place of one the lane is through with: the others, in proportion to their shares.
+
+        Multiples of the golden ratio spread evenly, so a few sequences already follow the shares.
+        """
+        left = shares.copy()
+        for through, source in self._sources_through:
+            if through == lane:
+                left[source] = 0
+        total = int(left.sum())
+        if total == 0:
+            raise DataError(
+                f"step {self._step}: every source with a weight has been seen max_epochs times; raise max_epochs, add "
+                "data, or end the run here"
+            )
+        drawn = (sequence * GOLDEN % (1 << 64)) * total >> 64
+        return int(np.searchsorted(np.cumsum(left), drawn, side="right"))
+
+    def _packer(self, lane: int, source: int) -> Packer:
         key = (lane, source)
-        if key not in self._streams:
-            position = Position(*self._positions[lane, source].tolist())
-            self._streams[key] = DocumentStream(self.readers[source], lane, position)
-        return self._streams[key]
+        packer = self._packers.get(key)
+        if packer is None:
+            position, carry = self._places.place(lane, source)
+            if carry.bins == EXHAUSTED:  # under a limit that was raised since
+                carry = Carry()
+            packer = self._packers[key] = self._new_packer(LaneStream(self.readers[source], lane, position), carry)
+        return packer
+
+    def _exhausted(self) -> BoolArray:
+        """bool[sources]: whether every lane of this rank is through with the source."""
+        through = np.zeros(len(self.names), np.bool_)
+        if self._sources_through:
+            number = np.bincount([source for _, source in self._sources_through], minlength=len(self.names))
+            np.equal(number, self.config.lanes // self._dp_size, out=through)
+        return through
+
+    def _apply_limits(self, step: int) -> None:
+        """Let the readers see the files and keep the limits of `step`, and find the lanes that are through."""
+        limits = self.plan.limits.at(step) or {}
+        seen = [self.plan.generations(name, step) for name in self.names]
+        if limits == self._limits and seen == self._generations:
+            return
+        self._limits, self._generations = limits, seen
+        for reader, name, generations in zip(self.readers, self.names, seen, strict=True):
+            grown = self.plan.grown.get(name, [])
+            if grown != self._grown.get(name, []):
+                self._grown[name] = grown
+                reader.grow([Manifest.from_data(growth.manifest) for growth in grown])
+            reader.generations, reader.max_epochs = generations, limits.get(name)
+        carries = self._places.positions[:, :, len(Position._fields) :]
+        through = carries[:, :, Carry._fields.index("bins")] == EXHAUSTED
+        through &= carries[:, :, Carry._fields.index("width")] == [limits.get(name) or 0 for name in self.names]
+        through &= carries[:, :, Carry._fields.index("generations")] == seen
+        own = np.arange(self.config.lanes) % self._dp_size == self._dp_rank
+        self._sources_through = {(lane, source) for lane, source in np.argwhere(through & own[:, None]).tolist()}
+
+    def _shares(self, step: int) -> Int64:
+        """Each source's share of a step, int64[sources]; nothing for sources that have reached their limit."""
+        weights = self._weights(step)
+        capped = [name for name in list(self.plan.capped) if self.plan.is_capped(name, step)]
+        if capped:
+            weights = {name: 0.0 if name in capped else weight for name, weight in weights.items()}
+            if not any(weights.values()):
+                raise DataError(
+                    f"step {step}: every source with a weight has been seen max_epochs times; raise max_epochs, add "
+                    "data, or end the run here"
+                )
+        if weights != self._shares_of:
+            self._shares_of, self._shares_known = dict(weights), quantize(weights, self.names)
+        return self._shares_known
 
     def _weights(self, step: int) -> Mapping[str, float]:
         """The mixture of a step: the journal's, after the policy has had its say."""
@@ -252,7 +426,7 @@ class Scheduler:
             for number in range(max(0, self._heard + 1), last + 1):
                 self._report_arrived.wait_for(lambda number=number: number in self._reported or self._stopping())  # type: ignore[misc]
                 if self._stopping():
-                    raise _Stopped
+                    raise Stopped
                 heard.append(self._reported.pop(number))
         self._heard = last
         return heard
@@ -280,6 +454,9 @@ class Scheduler:
         shape = {"seq_len": self.config.seq_len, "global_batch_size": self.config.global_batch_size}
         if self.plan.shape.at(self._step) != shape:
             self._record("stage", self._step, shape, "config")
+        limits = {source.name: source.max_epochs for source in self.config.sources}
+        if (self.plan.limits.at(self._step) or dict.fromkeys(limits)) != limits:
+            self._record("limits", self._step, {"max_epochs": limits}, "config")
         self._begun = True
 
     def _record_sources(self, fresh: bool, new: Mapping[str, Manifest]) -> None:
@@ -295,48 +472,6 @@ class Scheduler:
                 if not fresh:
                     self.journal.append("source_added", step, {"source": source.model_dump(mode="json")}, "config")
                 self.journal.append("manifest", step, new[source.name].to_data(), "system")
-
-
-class _Stopped(Exception):
-    """Raised inside the loader thread to leave a wait when the scheduler is closed."""
-
-
-class _Loader:
-    """A thread that keeps up to `depth` produced batches ready."""
-
-    def __init__(self, produce: Any, depth: int) -> None:
-        self.stopping = threading.Event()
-        self._produce = produce
-        self._ready: queue.Queue[_Produced | BaseException] = queue.Queue(maxsize=depth)
-        self._thread = threading.Thread(target=self._run, name="headrace-loader", daemon=True)
-        self._thread.start()
-
-    def get(self) -> _Produced:
-        """The next batch; raises what producing it raised."""
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._ready.put(item)  # a consumer that asks again is told again
-            raise item
-        return item
-
-    def stop(self) -> None:
-        """End the thread; what it had prepared is dropped."""
-        self.stopping.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.01)
-            except queue.Empty:
-                continue
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while not self.stopping.is_set():
-                self._ready.put(self._produce())
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._ready.put(error)
 
 
 def check_layout(config: DataConfig, dp_rank: int, dp_size: int) -> None:

@@ -1,21 +1,41 @@
 """What all lanes of one source share: chunks, their dealing per epoch, reading, and the accounting of rejects."""
 
+import itertools
+from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 
 from data_scheduler.batch import RejectedRecord
 from data_scheduler.config import DataConfig, SourceConfig
-from data_scheduler.encoder import Encoder
-from data_scheduler.formats.records import Document, Records, Unit
+from data_scheduler.encoder import Encoder, Tokens
+from data_scheduler.formats.records import Document, Records
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, deal, permutation
-from data_scheduler.reading import UnitReader, layout_units
+from data_scheduler.parts import PartReader
+from data_scheduler.paths import file_kind
+from data_scheduler.reading import TOKEN_KINDS, UnitReader, layout_units
+from data_scheduler.token_cache import CachedChunk, TokenCache
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError
 
+HANDS_CHUNKS = 1 << 18
+"""Chunks in dealings that are kept, 8 bytes each, besides the last three."""
 REJECT_GRACE = 1000
 """Records read before `max_reject_fraction` is enforced; a bad first record is not a bad source."""
+
+
+def boundary_tokens(data: DataConfig, encoder: Encoder) -> tuple[Tokens, Tokens]:
+    """(what begins a document, what ends it), uint32[0 or 1] each. Raises ConfigError when there is no such token."""
+    none = np.empty(0, np.uint32)
+    if data.document_start == "bos" and encoder.bos_id is None:
+        raise ConfigError(
+            "data.document_start is `bos`, but the tokenizer names no token that begins a document; name it as "
+            "`bos_token` in tokenizer_config.json beside the tokenizer, or leave document_start at `none`"
+        )
+    start = none if data.document_start == "none" else np.array([encoder.bos_id], np.uint32)
+    return start, none if data.document_end == "none" else np.array([encoder.eos_id], np.uint32)
 
 
 class SourceReader:
@@ -26,83 +46,178 @@ class SourceReader:
     ) -> None:
         """Raises ConfigError when the source has no data."""
         self.config = config
-        self.manifest = manifest
-        self.chunks = manifest.chunks(config, data.chunk_bytes, data.lanes)
-        if not self.chunks:
-            raise ConfigError(f"source {config.name!r} has no data")
         self.encoder = encoder
-        self._units = UnitReader(config, encoder.eos_id, encoder.vocab_size)
+        self.token_dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
+        self.document_start, self.document_end = boundary_tokens(data, encoder)
+        self.max_epochs = config.max_epochs
+        """Epochs after which lanes stop giving this source; the scheduler sets it to what the journal says."""
+        self.generations = 1
+        """How often the source has got files by the step being prepared; the scheduler sets it."""
         self.seed = data.seed
         self.lanes = data.lanes
         self.rejects: list[RejectedRecord] = []
         """Newly met rejects, in the order met; the scheduler empties it into each batch."""
-        self._cache = cache
-        self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
+        self._data, self._cache = data, cache
         self._hands: OrderedDict[int, list[Int64]] = OrderedDict()
         self._records_read = 0
         self._records_rejected = 0
+        self._last_reject: RejectedRecord | None = None
+        self._tokens: TokenCache | None = None
+        # Marked text is more than its tokens, and what is tokens already need not be encoded.
+        marked = config.prompt or config.masked_key or config.loss_weight_key
+        if data.token_cache and not marked and config.format not in TOKEN_KINDS:
+            self._tokens = TokenCache(data.token_cache, encoder.fingerprint, self.token_dtype)
+        self._original = manifest
+        self.grow([])
+        if not self.chunks:
+            raise ConfigError(f"source {config.name!r} has no data")
 
-    def hand(self, epoch: int, lane: int) -> Int64:
-        """The lane's chunks of an epoch, in order, int64[…]."""
+    def grow(self, more: Sequence[Manifest]) -> None:
+        """Take `more` for the files that joined the source after it entered the run, in the order of their joining."""
+        self.manifest, self.chunks = self._original, []
+        self._firsts = [0]
+        for number, manifest in enumerate([self._original, *more]):
+            self.manifest = self.manifest.with_more(manifest) if number else manifest
+            self.chunks += manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes)
+            self._firsts.append(len(self.chunks))
+        units = UnitReader(self.config, self.encoder.eos_id, self.encoder.vocab_size, dict(self.manifest.files))
+        self._parts = PartReader(self.config, self.manifest, self._data, units, self._cache)
+        self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
+        self._hands.clear()
+
+    def generation_of(self, chunk: int) -> int:
+        """0 for a chunk that was there when the source entered the run, n for one that joined with the n-th growth."""
+        return bisect_right(self._firsts, chunk) - 1
+
+    def hand(self, epoch: int, lane: int, began_with: int = 1, now: int = 1) -> Int64:
+        """The lane's chunks of an epoch, in order, int64[…].
+
+        When the lane began the epoch, the source had got files `began_with` times, `now` times by now. What was there
+        is shuffled together; what joined since is at the end. Each joining is dealt after those before it, so an epoch
+        deals what was there the same way whatever joins later, and lanes stay within one chunk of each other.
+        """
         if epoch not in self._hands:
-            order = permutation(len(self.chunks), self.seed, "chunks", self.config.name, epoch)
+            joined = [
+                first
+                + permutation(stop - first, self.seed, "chunks", self.config.name, epoch, *([number] if number else []))
+                for number, (first, stop) in enumerate(itertools.pairwise(self._firsts))
+            ]
             lanes = permutation(self.lanes, self.seed, "lanes", self.config.name, epoch)
-            self._hands[epoch] = deal(self._sizes, order, lanes)
-            while len(self._hands) > 3:  # lanes are at most an epoch apart in a healthy source
+            self._hands[epoch] = deal(self._sizes, np.concatenate(joined), lanes)
+            # Lanes of a large source are an epoch apart at most; those of one with few documents drift far apart, and a
+            # dealing of 500 chunks costs as much as 100 sequences.
+            while len(self._hands) > max(3, HANDS_CHUNKS // len(self.chunks)):
                 self._hands.popitem(last=False)
-        return self._hands[epoch][lane]
+        whole = self._hands[epoch][lane]
+        if len(self._firsts) == 2:
+            return whole
+        began = whole[whole < self._firsts[began_with]]
+        if began_with > 1:
+            began = began[permutation(len(began), self.seed, "hand", self.config.name, epoch, lane)]
+        since = whole[(whole >= self._firsts[began_with]) & (whole < self._firsts[now])]
+        return np.concatenate([began, since])
+
+    def order(self, chunk: int, documents: int, epoch: int) -> Int64:
+        """In which order an epoch takes the chunk's documents: a permutation of their numbers, int64[documents]."""
+        return permutation(documents, self.seed, "documents", self.config.name, epoch, chunk)
 
     def documents(self, chunk: int, epoch: int) -> tuple[list[Document], Int64]:
         """(documents, ordinals) of the chunk in this epoch's order. Raises DataError past the reject limit."""
         records, ordinals = self.records(chunk)
-        order = permutation(len(ordinals), self.seed, "documents", self.config.name, epoch, chunk)
-        shuffled = ordinals[order]
+        shuffled = ordinals[self.order(chunk, len(ordinals), epoch)]
         found = records.documents
         return [document for ordinal in shuffled.tolist() if (document := found[ordinal]) is not None], shuffled
 
-    def records(self, chunk: int) -> tuple[Records, Int64]:
-        """The records of a chunk's unit, and the places in it of the chunk's own good documents."""
-        unit, part, parts, _ = self.chunks[chunk]
+    def open(self, chunk: int) -> tuple[Sequence[Document | None], Int64]:
+        """(the chunk's records, places among them of the good documents), as tokens where the cache has them.
 
-        def read() -> Records:
-            return self._units.read(unit)
-
-        if parts > 1:
-            records, fresh = self._cache.get(self.config.name, unit, read)
+        Raises DataError past the reject limit.
+        """
+        key = self._token_key(chunk)
+        if key is None or self._tokens is None:
+            records, places = self.records(chunk)
+            return records.documents, places
+        cached = self._tokens.load(key)
+        if cached is None:
+            rejects = len(self.rejects)
+            records, places = self.records(chunk)
+            documents = [records.documents[place] for place in places.tolist()]
+            tokens = [self.encoder.encode(text) if isinstance(text, str) else text for text in documents]
+            rejected = [(reject.record, reject.reason) for reject in self.rejects[rejects:]]
+            read = len(records.documents) - records.filtered
+            cached = CachedChunk(places, tokens, read, rejected)
+            self._tokens.store(key, cached)
         else:
-            records, fresh = read(), True
-        if fresh:
-            self._account(unit, records)
+            path = self.chunks[chunk].unit.path
+            found = [RejectedRecord(self.config.name, path, where, reason) for where, reason in cached.rejected]
+            self._count(cached.read, found)
+        whole: list[Document | None] = [None] * (int(cached.places[-1]) + 1 if len(cached.places) else 0)
+        for place, document in zip(cached.places.tolist(), cached.documents, strict=True):
+            whole[place] = document
+        return whole, cached.places
+
+    def _token_key(self, chunk: int) -> str | None:
+        """What a chunk's tokens are known by; None when they are not to be cached."""
+        if self._tokens is None:
+            return None
+        cut = self.chunks[chunk]
+        if file_kind(cut.unit.path, self.config.format)[0] in TOKEN_KINDS:
+            return None
+        try:
+            identity = self._parts.identity(cut.unit.path)
+        except OSError:
+            return None  # reading it will say what is wrong
+        settings = self.config
+        how = [settings.format, settings.text_key, settings.template, settings.where, settings.max_document_bytes]
+        return f"{identity} {list(cut.unit[1:])} {cut.part} {cut.parts} {cut.block} {how}"
+
+    def records(self, chunk: int) -> tuple[Records, Int64]:
+        """The records of a chunk, and the places among them of the good documents."""
+        records = self._parts.read(self.chunks[chunk])
+        self._account(chunk, records)
         found = records.documents
         if not records.rejects and not records.filtered:
-            return records, np.arange(part, len(found), parts, dtype=np.int64)
-        own = [place for place in range(part, len(found), parts) if found[place] is not None]
-        return records, np.array(own, dtype=np.int64)
+            return records, np.arange(len(found), dtype=np.int64)
+        good = [place for place, document in enumerate(found) if document is not None]
+        return records, np.array(good, dtype=np.int64)
 
-    def record_number(self, unit: Unit, place: int) -> tuple[int, tuple[int, int] | None]:
-        """(number of a record, byte range it is counted in): rows and lines are counted in the file where that is known
-        without reading what comes before."""
+    def record_number(self, chunk: int, records: Records, place: int) -> tuple[int, tuple[int, int] | None]:
+        """(number of a chunk's record, byte range of the file's text it is counted in): rows and lines are counted in
+        the file where that is known without reading what comes before."""
+        unit, part, parts, _, block, _ = self.chunks[chunk]
         layout = self.manifest.row_groups.get(unit.path)
         if layout is not None:
-            units = layout_units(unit.path, self.config.format, layout)
-            return sum(rows for rows, _ in layout[: units.index(unit)]) + place, None
-        return place, None if unit.stop < 0 else (unit.start, unit.stop)
+            at = layout_units(unit.path, self.config.format, layout).index(unit)
+            first = self.chunks[chunk].rows(layout[at][0]).start
+            return sum(rows for rows, _ in layout[:at]) + first + place, None
+        if block and records.blocks:
+            first, number = next(found for found in reversed(records.blocks) if found[0] <= place)
+            return place - first, (number * block, (number + 1) * block)
+        return (place if block else part + parts * place), None if unit.stop < 0 else (unit.start, unit.stop)
 
-    def _account(self, unit: Unit, records: Records) -> None:
-        self._records_read += len(records.documents) - records.filtered
-        self._records_rejected += len(records.rejects)
+    def _account(self, chunk: int, records: Records) -> None:
+        path = self.chunks[chunk].unit.path
+        rejected = []
         for reject in records.rejects:
-            number, within = self.record_number(unit, reject.record)
+            number, within = self.record_number(chunk, records, reject.record)
             where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
-            self.rejects.append(RejectedRecord(self.config.name, unit.path, where, reject.reason))
-        if records.rejects and self.config.on_error == "stop":
-            first = self.rejects[-len(records.rejects)]
+            rejected.append(RejectedRecord(self.config.name, path, where, reject.reason))
+        self._count(len(records.documents) - records.filtered, rejected)
+
+    def _count(self, read: int, rejected: list[RejectedRecord]) -> None:
+        self._records_read += read
+        self._records_rejected += len(rejected)
+        self.rejects += rejected
+        if rejected:
+            self._last_reject = rejected[-1]
+        if rejected and self.config.on_error == "stop":
+            first = rejected[0]
             raise DataError(
                 f"source {first.source!r}: {first.file}, record {first.record}: {first.reason} (on_error is `stop`)"
             )
         limit = self.config.max_reject_fraction
-        if self._records_read >= REJECT_GRACE and self._records_rejected > limit * self._records_read:
-            last = self.rejects[-1]
+        last = self._last_reject  # `rejects` may have been handed over since
+        if last and self._records_read >= REJECT_GRACE and self._records_rejected > limit * self._records_read:
             raise DataError(
                 f"source {last.source!r}: {self._records_rejected} of {self._records_read} records rejected, past "
                 f"max_reject_fraction={limit:g}; the last: {last.file}, record {last.record}: {last.reason}"

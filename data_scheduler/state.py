@@ -1,24 +1,39 @@
 """Where a run stands in its data: a few integers per (lane, source), whatever was consumed.
 
-Epoch, cursor, document and token as int64 are 32 bytes a pair; a run of 240 lanes and 50 sources has 375 KB.
+Ten int32 say where a lane stands in a source and two int64 what it gave: 56 bytes a pair; a run of 240 lanes and 50
+sources has 672 KB.
 """
 
 import json
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_scheduler.batch import Int32
 from data_scheduler.lane import Position
 from data_scheduler.order import Int64
+from data_scheduler.packing import Carry
 from data_scheduler.policies import Feedback
 from headrace.errors import CheckpointError, ConfigError
 
-VERSION = 1
+VERSION = 2
+EXHAUSTED = -1
+"""In the place of `Carry.bins`: the lane is through with the source; `Carry.width` is the `max_epochs` it reached."""
+
+
+PLACE = len(Position._fields) + len(Carry._fields)
+
+
+def _beginnings(lanes: int, sources: int) -> Int32:
+    """int32[lanes, sources, PLACE]: every lane at the beginning of every source."""
+    beginnings = np.empty((lanes, sources, PLACE), dtype=np.int32)
+    beginnings[:] = Position() + Carry()
+    return beginnings
 
 
 class Touched(NamedTuple):
@@ -27,6 +42,7 @@ class Touched(NamedTuple):
     lane: int
     source: int
     position: Position
+    carry: Carry
 
 
 @dataclass
@@ -38,14 +54,12 @@ class State:
     """Next step."""
     sequences: int
     """Sequences delivered, over all ranks."""
-    positions: Int64
-    """int64[lanes, sources, 4]; rows of other ranks' lanes are not kept up to date."""
+    positions: Int32
+    """int32[lanes, sources, 10]: a `Position`, then a `Carry`; rows of other ranks' lanes are not kept up to date."""
+    given: Int64
+    """int64[lanes, sources, 2]: sequences and tokens delivered; rows of other ranks' lanes likewise."""
     owed: Int64
     """int64[sources]: the mixer's state."""
-    drawn: Int64
-    """int64[sources]: sequences delivered per source, over all ranks."""
-    tokens: Int64
-    """int64[sources]: tokens delivered per source, over all ranks."""
     policy: dict[str, Any] = field(default_factory=dict)
     """The policy's own state."""
     wanted: dict[str, float] = field(default_factory=dict)
@@ -56,19 +70,30 @@ class State:
     @staticmethod
     def fresh(lanes: int, names: list[str]) -> "State":
         """The state of a run that has not begun."""
-        none = np.zeros(len(names), dtype=np.int64)
-        positions = np.zeros((lanes, len(names), 4), dtype=np.int64)
-        return State(names, 0, 0, positions, none, none.copy(), none.copy())
+        positions = _beginnings(lanes, len(names))
+        given = np.zeros((lanes, len(names), 2), dtype=np.int64)
+        return State(names, 0, 0, positions, given, np.zeros(len(names), dtype=np.int64))
 
-    def consume(self, touched: list[Touched], owed: Int64, counts: Int64, width: int) -> None:
-        """Count one step as delivered: `counts` sequences per source of `width` tokens each."""
-        for lane, source, position in touched:
-            self.positions[lane, source] = position
+    def consume(self, touched: list[Touched], owed: Int64, batch: int, width: int) -> None:
+        """Count one step as delivered: `batch` sequences over all ranks, of `width` tokens each."""
+        sources = len(self.names)
+        places = [lane * sources + source for lane, source, _, _ in touched]
+        rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32).reshape(-1, PLACE)
+        self.positions.reshape(-1, PLACE)[places] = rows  # of a pair that was touched twice the last place stays
+        given = [place for place, (*_, carry) in zip(places, touched, strict=True) if carry.bins != EXHAUSTED]
+        np.add.at(self.given.reshape(-1, 2), given, (1, width))
         self.owed = owed
-        self.drawn = self.drawn + counts
-        self.tokens = self.tokens + counts * width
         self.step += 1
-        self.sequences += int(counts.sum())
+        self.sequences += batch
+
+    def copy(self) -> "State":
+        """A state whose positions can be read while this one moves on."""
+        return replace(self, positions=self.positions.copy())
+
+    def place(self, lane: int, source: int) -> tuple[Position, Carry]:
+        """Where a lane stands in a source."""
+        row = self.positions[lane, source].tolist()
+        return Position(*row[:5]), Carry(*row[5:])
 
     def keep_feedback_from(self, step: int) -> None:
         """Forget reports before `step`; the policy has them in its own state."""
@@ -82,9 +107,8 @@ class State:
             "step": self.step,
             "sequences": self.sequences,
             "positions": self.positions.copy(),
+            "given": self.given.copy(),
             "owed": self.owed.copy(),
-            "drawn": self.drawn.copy(),
-            "tokens": self.tokens.copy(),
             "policy": dict(self.policy),
             "wanted": dict(self.wanted),
             "feedback": [[f.step, dict(f.source_loss), dict(f.source_tokens)] for f in self.feedback],
@@ -97,7 +121,8 @@ class State:
         if state.get("version") != VERSION:
             raise ConfigError(f"data state of version {state.get('version')!r}; this Headrace reads {VERSION}")
         saved = list(state["sources"])
-        positions = np.asarray(state["positions"], dtype=np.int64)
+        positions = np.asarray(state["positions"], dtype=np.int32)
+        given = np.asarray(state["given"], dtype=np.int64)
         if positions.shape[0] != lanes:
             raise ConfigError(f"data state of {positions.shape[0]} lanes; data.lanes is {lanes}")
         if names[: len(saved)] != saved:
@@ -114,10 +139,9 @@ class State:
             names,
             int(state["step"]),
             int(state["sequences"]),
-            np.concatenate([positions, np.zeros((lanes, new, 4), dtype=np.int64)], axis=1),
+            np.concatenate([positions, _beginnings(lanes, new)], axis=1),
+            np.concatenate([given, np.zeros((lanes, new, 2), dtype=np.int64)], axis=1),
             np.concatenate([np.asarray(state["owed"], dtype=np.int64), pad]),
-            np.concatenate([np.asarray(state["drawn"], dtype=np.int64), pad]),
-            np.concatenate([np.asarray(state["tokens"], dtype=np.int64), pad]),
             dict(state["policy"]),
             dict(state["wanted"]),
             [Feedback(step, loss, tokens) for step, loss, tokens in state["feedback"]],
@@ -132,14 +156,17 @@ def merge_states(states: list[Mapping[str, Any]]) -> dict[str, Any]:
         raise ConfigError(f"merging data states needs one of each of the {size} ranks, got {len(states)}")
     if any(state["step"] != first["step"] for state in states):
         raise ConfigError("merging data states needs states of the same step")
-    positions = np.array(first["positions"], dtype=np.int64)
+    merged = {key: np.array(first[key]) for key in LANE_ARRAYS}
     for state in states:
         rank = state["lanes_mod"][0]
-        positions[rank::size] = np.asarray(state["positions"])[rank::size]
-    return {**first, "positions": positions, "lanes_mod": [0, 1]}
+        for key, array in merged.items():
+            array[rank::size] = np.asarray(state[key])[rank::size]
+    return {**first, **merged, "lanes_mod": [0, 1]}
 
 
-ARRAYS = ("positions", "owed", "drawn", "tokens")
+LANE_ARRAYS = ("positions", "given")
+"""What each rank knows of its own lanes only; the first axis counts lanes."""
+ARRAYS = (*LANE_ARRAYS, "owed")
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -1,29 +1,38 @@
-"""The units read last: parts of one unit belong to many lanes, and each would read it again."""
+"""The pieces of files read last: their parts belong to many lanes, and each would read them again."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
 
-from data_scheduler.formats.records import Records, Unit
+
+class Sized(Protocol):
+    """Something that knows how much memory it takes."""
+
+    size: int
+    """Bytes of text."""
+
+
+T = TypeVar("T", bound=Sized)
 
 
 class UnitCache:
-    """The last units read, up to `budget` bytes of text: parts of one unit are read by many lanes."""
+    """The last pieces read, up to `budget` bytes of text."""
 
     def __init__(self, budget: int = 256 << 20) -> None:
-        self._budget = budget
+        self.budget = budget
         self._held = 0
-        self._records: OrderedDict[tuple[str, Unit], Records] = OrderedDict()
+        self._pieces: OrderedDict[Hashable, Any] = OrderedDict()
 
-    def get(self, source: str, unit: Unit, read: Callable[[], Records]) -> tuple[Records, bool]:
-        """The unit's records, and whether they had to be read."""
-        key = (source, unit)
-        if key in self._records:
-            self._records.move_to_end(key)
-            return self._records[key], False
-        records = read()
-        self._records[key] = records
-        self._held += records.size
-        while self._held > self._budget and len(self._records) > 1:
-            _, dropped = self._records.popitem(last=False)
+    def get(self, key: Hashable, read: Callable[[], T]) -> T:
+        """The piece called `key`, read when it is not here."""
+        if key in self._pieces:
+            self._pieces.move_to_end(key)
+            held: T = self._pieces[key]
+            return held
+        piece = read()
+        self._pieces[key] = piece
+        self._held += piece.size
+        while self._held > self.budget and len(self._pieces) > 1:
+            _, dropped = self._pieces.popitem(last=False)
             self._held -= dropped.size
-        return records, True
+        return piece

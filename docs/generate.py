@@ -3,11 +3,14 @@
     docs/configuration.md   from the pydantic models of `pretrain.config`
     docs/metrics.md         from the list in `pretrain.metrics.registry`
     docs/preparation.md     from the pydantic models of `data_scheduler.prep.config`
+    docs/data_speed.md      its tables, from benchmarks/results/data_*.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
 """
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -166,7 +169,48 @@ def _one_line(words: str) -> str:
     return " ".join(words.split())
 
 
-PAGES = {"configuration.md": configuration, "metrics.md": metrics, "preparation.md": preparation}
+def data_speed() -> str:
+    """The page with every table between `<!-- name -->` and `<!-- end -->` made from its result file."""
+    sys.path.insert(0, str(DOCS.parent / "benchmarks"))
+    import data_scale
+    import data_soak
+    from loading import report
+
+    def plain(rows: list[tuple[str, str]]) -> str:
+        return _table(("what", "measured"), rows)
+
+    page = (DOCS / "data_speed.md").read_text(encoding="utf-8")
+    makers = {
+        "throughput": report.markdown,
+        "soak": lambda result: plain(data_soak.rows(result)),
+        "scale": lambda result: plain(data_scale.rows(result)),
+    }
+    for name, make in makers.items():
+        result = json.loads((DOCS.parent / "benchmarks" / "results" / f"data_{name}.json").read_text())
+        body = f"{make(result)}\n{_facts(result)}"
+        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)  # noqa: B023
+    return page
+
+
+def _facts(result: Schema) -> str:
+    """What a result was measured on, in a sentence."""
+    machine = result["machine"]
+    found = result["versions"]
+    parts = list(found.values()) if "ours" in found else [found]
+    words = [f"{name} {version}" for part in parts for name, version in part.items()]
+    listed = f" Versions: {', '.join(dict.fromkeys(words))}." if words else ""
+    return (
+        f"`{result['command']}` on {result['date']}: {machine['cpu']}, {machine['cores']} cores, Python "
+        f"{machine['python']}, {machine['load']}.{listed}\n"
+    )
+
+
+PAGES = {
+    "configuration.md": configuration,
+    "metrics.md": metrics,
+    "preparation.md": preparation,
+    "data_speed.md": data_speed,
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

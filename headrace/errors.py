@@ -40,3 +40,9 @@ class DataError(HeadraceError):
     """Training data that cannot be read, or whose share of rejects is past the source's limit."""
 
     exit_code = ExitCode.DATA_ERROR
+
+
+class UnreachableError(HeadraceError):
+    """A remote store that does not answer: nothing is wrong with the run, and trying again later may do."""
+
+    exit_code = ExitCode.RECOVERABLE

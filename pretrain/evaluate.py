@@ -11,10 +11,11 @@ import torch
 from data_scheduler.batch import RejectedRecord, Segments
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder
-from data_scheduler.lane import DocumentStream, Position
+from data_scheduler.lane import ExhaustedError, LaneStream, Position
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64
-from data_scheduler.packing import PACKERS
+from data_scheduler.packers import PACKERS
+from data_scheduler.packing import Carry
 from data_scheduler.source import SourceReader
 from data_scheduler.unit_cache import UnitCache
 from pretrain.loss import FIXED_POINT
@@ -51,6 +52,7 @@ class HeldOut:
             [padded[index][2].starts for index in own],
             np.array([padded[index][0] for index in own], dtype=np.int64),
             micro_batch_size,
+            [padded[index][2].weights for index in own],
         )
         for at, index in enumerate(own):
             if index >= len(found):
@@ -79,16 +81,18 @@ def _first_sequences(
     source: SourceConfig, config: DataConfig, encoder: Encoder, count: int, rejects: list[RejectedRecord]
 ) -> list[tuple[Int64, Segments]]:
     """The first `count` sequences of one pass over the source's held-out files; fewer when they hold less."""
-    held_out = source.model_copy(update={"paths": source.val_paths, "val_paths": []})
+    held_out = source.model_copy(update={"paths": source.val_paths, "val_paths": [], "max_epochs": 1})
     single_lane = config.model_copy(update={"lanes": 1})
     reader = SourceReader(held_out, Manifest.take(held_out), single_lane, encoder, UnitCache())
-    stream, packer = DocumentStream(reader, 0, Position()), PACKERS[config.packing]()
+    packer = PACKERS[config.packing](LaneStream(reader, 0, Position()), Carry())
     sequences: list[tuple[Int64, Segments]] = []
-    while len(sequences) < count:
-        row = np.empty(config.seq_len + 1, dtype=np.int64)
-        segments = packer.pack(stream, row)
-        if stream.position.epoch > 0 and sequences:
-            break
-        sequences.append((row, segments))
+    try:
+        while len(sequences) < count:
+            row = np.empty(config.seq_len + 1, dtype=np.int64)
+            sequences.append((row, packer.pack(row)))
+    except ExhaustedError:
+        if not sequences:  # less than one sequence in all: go round until it is full
+            reader.max_epochs = None
+            sequences.append((row, PACKERS["split"](LaneStream(reader, 0, Position()), Carry()).pack(row)))
     rejects += reader.rejects
     return sequences

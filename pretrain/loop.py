@@ -18,7 +18,7 @@ import torch
 
 from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
 from data_scheduler.batch import Batch, RejectedRecord
-from data_scheduler.state import Snapshots
+from data_scheduler.state import LANE_ARRAYS, Snapshots
 from headrace.errors import ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout, validate
@@ -152,11 +152,14 @@ class Run:
         """One step, and its record."""
         began = time.perf_counter()
         batch = next(self.scheduler)
-        microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, self.config.train.micro_batch_size)
+        size = self.config.train.micro_batch_size
+        microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
         lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps)
         result = train_step(self.state, microbatches, lr)
         losses, tokens = self._by_source(result)
-        self.scheduler.feedback(batch.step, losses, tokens)
+        self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
+        if self.scheduler.is_time_to_look:
+            self.scheduler.grow(exchange.from_first_rank(self.scheduler.new_files, self.ranks.rank))
         self.done = checkpoint.Progress(batch.step + 1, self.done.tokens + sum(tokens.values()))
         sha256 = self._global_hash(batch)
         took = time.perf_counter() - began
@@ -194,6 +197,13 @@ class Run:
         sums = dict(zip(self.scheduler.names, result.source_loss_sums.tolist(), strict=True))
         return {name: sums[name] / FIXED_POINT / count for name, count in tokens.items()}, tokens
 
+    def _exhausted(self, batch: Batch) -> list[str]:
+        """Sources that every lane of every rank has given `max_epochs` times."""
+        if not any(source.max_epochs for source in self.config.data.sources):
+            return []
+        going_on = exchange.largest((~batch.exhausted).astype(float).tolist())
+        return [name for name, more in zip(self.scheduler.names, going_on, strict=True) if not more]
+
     def _global_hash(self, batch: Batch) -> str:
         """SHA-256 of the step's global batch; the same for every layout."""
         parts = exchange.gather_bytes_over_data_parallel(b"".join(batch.digests))
@@ -225,11 +235,13 @@ class Run:
     def _whole_data_state(self) -> dict[str, Any]:
         """The scheduler's state with every rank's lanes."""
         own = self.scheduler.state_dict()
-        states = [
-            {**own, "positions": positions, "lanes_mod": [rank, self.ranks.dp_size]}
-            for rank, positions in enumerate(exchange.gather_arrays(own["positions"]))
-        ]
-        return merge_states(list(states))
+        gathered = zip(*(exchange.gather_arrays(own[key]) for key in LANE_ARRAYS), strict=True)
+        return merge_states(
+            [
+                {**own, **dict(zip(LANE_ARRAYS, arrays, strict=True)), "lanes_mod": [rank, self.ranks.dp_size]}
+                for rank, arrays in enumerate(gathered)
+            ]
+        )
 
     def _resume(self) -> bool:
         """Load the newest checkpoint, if there is one."""
@@ -257,7 +269,8 @@ class Run:
 
     def _open_scheduler(self) -> Scheduler:
         journal = Journal(self.run_dir / "journal.jsonl", writable=self.ranks.rank == 0)
-        return Scheduler(self.config.data, dp_rank=self.ranks.dp_rank, dp_size=self.ranks.dp_size, journal=journal)
+        ranks = self.ranks
+        return Scheduler(self.config.data, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, journal=journal, watch=False)
 
     def _open_sinks(self) -> list[Sink]:
         if self.ranks.rank:

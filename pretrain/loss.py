@@ -32,14 +32,23 @@ class SourceLoss(NamedTuple):
 
 
 def loss_function(
-    losses: tuple[torch.Tensor, torch.Tensor], loss_mask: torch.Tensor, source_ids: torch.Tensor, num_sources: int
+    losses: tuple[torch.Tensor, torch.Tensor],
+    loss_mask: torch.Tensor,
+    source_ids: torch.Tensor,
+    num_sources: int,
+    loss_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum to minimise, number of tokens, report) of a micro-batch, as megatron-core's schedules expect them.
 
     `losses` are (reported, minimised), float32[1, tokens] each; `loss_mask` bool[1, tokens]; `source_ids`
     int64[tokens]. The report is int64[3, num_sources], the rows of a `SourceLoss`.
+
+    `loss_weights` float32[1, tokens] scale what each token adds to the minimised sum; neither the number of tokens nor
+    the report is weighted, so a source of weight 0.5 pulls half as hard and its curve stays comparable.
     """
     reported, minimised = losses
+    if loss_weights is not None:
+        minimised = minimised * loss_weights
     total = torch.where(loss_mask, minimised, 0.0).sum()
     number = loss_mask.sum(dtype=torch.int32)
     return total, number, source_report(reported.detach()[0], loss_mask[0], source_ids, num_sources)

@@ -19,6 +19,7 @@ import torch
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MicroBatch:
     labels: torch.Tensor
     """int64[1, m·S]: the token that follows each input."""
     loss_mask: torch.Tensor
-    """bool[1, m·S]: False where the label belongs to another document than the input."""
+    """bool[1, m·S]: False where the label belongs to another document than the input, or carries no loss."""
     position_ids: torch.Tensor
     """int64[1, m·S]: from 0 in every document."""
     cu_seqlens: torch.Tensor
@@ -39,6 +40,8 @@ class MicroBatch:
     """Tokens of the longest document."""
     source_ids: torch.Tensor
     """int64[m]: each sequence's source."""
+    loss_weights: torch.Tensor | None = None
+    """float32[1, m·S]: weight of each label in what is minimised; None: all 1."""
 
     @property
     def seq_len(self) -> int:
@@ -46,22 +49,32 @@ class MicroBatch:
         return self.input_ids.size(1) // self.source_ids.size(0)
 
 
-def split_batch(tokens: Int64, starts: Sequence[Int32], source_ids: Int64, micro_batch_size: int) -> list[MicroBatch]:
+def split_batch(
+    tokens: Int64,
+    starts: Sequence[Int32],
+    source_ids: Int64,
+    micro_batch_size: int,
+    weights: Sequence[Float32 | None] | None = None,
+) -> list[MicroBatch]:
     """A rank's batch as micro-batches of `micro_batch_size` sequences, in order.
 
     `tokens` int64[b, S+1]; `starts[i]` int32, ascending, where documents start among sequence i's S+1 tokens, the first
-    being 0; `source_ids` int64[b]. `b` must be a multiple of `micro_batch_size`.
+    being 0; `source_ids` int64[b]; `weights[i]` float32[S+1], the weight of each token in the loss, None where all are
+    1. `b` must be a multiple of `micro_batch_size`.
     """
     size, length = tokens.shape
     assert size == len(starts) == len(source_ids), f"{size} sequences, {len(starts)} starts, {len(source_ids)} sources"
     assert size % micro_batch_size == 0, f"{size} sequences do not make micro-batches of {micro_batch_size}"
+    weights = weights or [None] * size
     return [
-        _micro_batch(tokens[at : at + micro_batch_size], starts[at : at + micro_batch_size], source_ids, at, length - 1)
-        for at in range(0, size, micro_batch_size)
+        _micro_batch(tokens[part], starts[part], source_ids[part], weights[part], length - 1)
+        for part in (slice(at, at + micro_batch_size) for at in range(0, size, micro_batch_size))
     ]
 
 
-def _micro_batch(tokens: Int64, starts: Sequence[Int32], source_ids: Int64, first: int, seq_len: int) -> MicroBatch:
+def _micro_batch(
+    tokens: Int64, starts: Sequence[Int32], source_ids: Int64, weights: Sequence[Float32 | None], seq_len: int
+) -> MicroBatch:
     rows = len(tokens)
     loss_mask = np.ones((rows, seq_len), dtype=np.bool_)
     bounds = []
@@ -72,6 +85,13 @@ def _micro_batch(tokens: Int64, starts: Sequence[Int32], source_ids: Int64, firs
         loss_mask[row, inner - 1] = False  # the label of the token before a start is that start
         # A document that starts at the very last token is only ever a label.
         bounds.append(row * seq_len + np.concatenate(([0], inner[inner < seq_len])))
+    loss_weights = None
+    if any(row_weights is not None for row_weights in weights):
+        loss_weights = np.ones((rows, seq_len), dtype=np.float32)
+        for row, row_weights in enumerate(weights):
+            if row_weights is not None:
+                loss_weights[row] = row_weights[1:]
+        loss_mask &= loss_weights > 0
     cu_seqlens = np.concatenate((*bounds, [rows * seq_len]))
     lengths = np.diff(cu_seqlens)
     positions = np.arange(rows * seq_len) - np.repeat(cu_seqlens[:-1], lengths)
@@ -82,5 +102,6 @@ def _micro_batch(tokens: Int64, starts: Sequence[Int32], source_ids: Int64, firs
         position_ids=torch.from_numpy(positions.astype(np.int64).reshape(1, -1)),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        source_ids=torch.from_numpy(np.array(source_ids[first : first + rows], dtype=np.int64)),
+        source_ids=torch.from_numpy(np.array(source_ids, dtype=np.int64)),
+        loss_weights=None if loss_weights is None else torch.from_numpy(loss_weights.reshape(1, -1)),
     )

@@ -125,6 +125,7 @@ class Placed:
     input_ids: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    loss_weights: torch.Tensor | None
     position_ids: torch.Tensor
     source_ids: torch.Tensor
     """int64[local tokens]"""
@@ -150,6 +151,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
         input_ids=local(microbatch.input_ids),
         labels=local(microbatch.labels),
         loss_mask=local(microbatch.loss_mask),
+        loss_weights=None if microbatch.loss_weights is None else local(microbatch.loss_weights),
         position_ids=position_ids,
         source_ids=local(microbatch.source_ids.repeat_interleave(seq_len)),
         documents=pack_documents(
@@ -171,5 +173,9 @@ def _forward_step(num_sources: int, inputs: Iterator[Placed], model: Any) -> tup
     batch = next(inputs)
     output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.documents)
     return output, partial(
-        loss_function, loss_mask=batch.loss_mask, source_ids=batch.source_ids, num_sources=num_sources
+        loss_function,
+        loss_mask=batch.loss_mask,
+        loss_weights=batch.loss_weights,
+        source_ids=batch.source_ids,
+        num_sources=num_sources,
     )

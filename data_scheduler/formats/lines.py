@@ -1,36 +1,70 @@
 """JSON lines. An uncompressed file can be read by byte ranges: a range owns the lines that begin in it."""
 
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 import orjson
 
+from data_scheduler.blocks import Block
 from data_scheduler.extract import Extractor
-from data_scheduler.formats.compression import READ_BYTES, Codec, decompress
+from data_scheduler.formats.compression import Codec, Damage, decoded
 from data_scheduler.formats.records import Records, Unit
-from data_scheduler.paths import open_binary
+
+READ_BYTES = 1 << 20
+TAIL_BYTES = 16 << 10
+"""First read past a range for the rest of its last line, doubled while the line goes on."""
+BOM = b"\xef\xbb\xbf"
 
 
-def read(unit: Unit, codec: Codec | None, extractor: Extractor) -> Records:
-    """The records of a unit; raises OSError when the file cannot be opened."""
+def read(file: IO[bytes], unit: Unit, codec: Codec | None, extractor: Extractor) -> Records:
+    """The records of a unit. Raises OSError."""
     records = Records()
-    with open_binary(unit.path) as file:
-        if codec is None:
-            data, problem = byte_range(file, unit.start, unit.stop), None
-        else:
-            data, problem = decompress(file.read(), codec)
-    records.size = len(data)
-    lines = data.split(b"\n")
-    last = lines.pop()  # what follows the final newline: nothing, or a line without one
-    if last and problem is None:
-        lines.append(last)
-    # A blank line is not a record: editors and `cat` leave them behind.
-    rows = [parse(line) for line in lines if line and not line.isspace()]
+    limit = extractor.max_bytes
+    pieces = byte_range(file, unit.start, unit.stop, limit) if codec is None else decoded(file, codec)
+    if unit.start == 0:
+        pieces = _without_bom(pieces)
+    rows: list[dict[str, Any] | str] = []
+    problem = None
+    try:
+        for line in whole_lines(pieces, limit):
+            if isinstance(line, int):
+                rows.append(extractor.too_long(line))
+            # A blank line is not a record: editors and `cat` leave them behind.
+            elif line and not line.isspace():
+                records.size += len(line)
+                rows.append(parse(line))
+                if extractor.is_plain and len(rows) >= 1024:
+                    _add_plain(rows, extractor.text_key, records)  # frees the fields that nobody asked for
+                    rows = []
+    except Damage as damage:
+        problem = str(damage)
     if extractor.is_plain:
         _add_plain(rows, extractor.text_key, records)
     else:
         extractor.add(rows, records)
     if problem is not None:
         records.reject(problem)
+    return records
+
+
+def read_blocks(blocks: Iterable[Block], extractor: Extractor) -> Records:
+    """The records of blocks of whole lines; what is wrong with the stream is a reject after the lines of its block."""
+    records = Records()
+    rows: list[dict[str, Any] | str] = []
+    for number, data, problem in blocks:
+        records.blocks.append((len(rows), number))
+        for line in (data.removeprefix(BOM) if number == 0 else data).split(b"\n"):
+            if len(line) > extractor.max_bytes:
+                rows.append(extractor.too_long(len(line)))
+            elif line and not line.isspace():
+                records.size += len(line)
+                rows.append(parse(line))
+        if problem is not None:
+            rows.append(problem)
+    if extractor.is_plain:
+        _add_plain(rows, extractor.text_key, records)
+    else:
+        extractor.add(rows, records)
     return records
 
 
@@ -41,6 +75,70 @@ def parse(line: bytes) -> dict[str, Any] | str:
     except orjson.JSONDecodeError as error:
         return f"not valid JSON: {error}"
     return value if isinstance(value, dict) else f"a {type(value).__name__}, not an object"
+
+
+def whole_lines(pieces: Iterable[bytes], limit: int) -> Iterator[bytes | int]:
+    """The lines of a stream without their newlines; of a line longer than `limit` bytes only a count of its bytes, at
+    least `limit` + 1. When the stream raises Damage, the line it broke off in is dropped."""
+    begun: list[bytes] = []
+    length = 0
+    for piece in pieces:
+        first, *rest = piece.split(b"\n")
+        length += len(first)
+        if length <= limit:
+            begun.append(first)
+        else:
+            begun = []
+        if not rest:
+            continue
+        yield length if length > limit else b"".join(begun)
+        *middle, last = rest
+        for line in middle:
+            yield len(line) if len(line) > limit else line
+        begun, length = [last], len(last)
+    if length:
+        yield length if length > limit else b"".join(begun)
+
+
+def byte_range(file: IO[bytes], start: int, stop: int, limit: int) -> Iterator[bytes]:
+    """The lines that begin within [start, stop), in pieces; the last one to its end, or to a bit past `limit` bytes."""
+    at = start
+    if start > 0:
+        # A line begins at `start` only if a newline stands right before it.
+        at = start - 1
+        file.seek(at)
+        found = False
+        while not found and (piece := file.read(min(READ_BYTES, stop - at))):
+            at += len(piece)
+            newline = piece.find(b"\n")
+            found = newline >= 0
+            piece = piece[newline + 1 :]
+        if not found:
+            return
+        yield piece
+        ended = not piece or piece.endswith(b"\n")
+    else:
+        ended = True
+    while at < stop or stop < 0:
+        piece = file.read(READ_BYTES if stop < 0 else min(READ_BYTES, stop - at))
+        if not piece:
+            return
+        at += len(piece)
+        ended = piece.endswith(b"\n")
+        yield piece
+    over, ahead = 0, TAIL_BYTES
+    while not ended and over <= limit and (piece := file.read(ahead)):
+        end = piece.find(b"\n")
+        over += len(piece)
+        ahead = min(2 * ahead, READ_BYTES)
+        ended = end >= 0
+        yield piece[: end + 1] if ended else piece
+
+
+def _without_bom(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Some editors put U+FEFF at the beginning of a UTF-8 file."""
+    for number, piece in enumerate(pieces):
+        yield piece.removeprefix(BOM) if number == 0 else piece
 
 
 def _add_plain(rows: list[dict[str, Any] | str], key: str, records: Records) -> None:
@@ -54,26 +152,3 @@ def _add_plain(rows: list[dict[str, Any] | str], key: str, records: Records) -> 
             records.documents.append(text)
         else:
             records.reject(f"field {key!r} is " + ("missing" if text is None else "not text"))
-
-
-def byte_range(file: IO[bytes], start: int, stop: int) -> bytes:
-    """The lines that begin within [start, stop), the last one to its end."""
-    if start > 0:
-        # A line begins at `start` only if a newline stands right before it.
-        file.seek(start - 1)
-        data = file.read(stop - start + 1)
-        newline = data.find(b"\n")
-        if newline < 0:
-            return b""
-        data = data[newline + 1 :]
-    else:
-        data = file.read(stop if stop >= 0 else -1)
-    if stop < 0 or data.endswith(b"\n") or not data:
-        return data
-    pieces = [data]
-    while piece := file.read(READ_BYTES):
-        end = piece.find(b"\n")
-        pieces.append(piece if end < 0 else piece[: end + 1])
-        if end >= 0:
-            break
-    return b"".join(pieces)

@@ -1,25 +1,26 @@
 """Plain text: a file is one document."""
 
+from typing import IO
+
+from data_scheduler.extract import Extractor
 from data_scheduler.formats.compression import Codec, decompress
+from data_scheduler.formats.lines import BOM
 from data_scheduler.formats.records import Records
-from data_scheduler.paths import open_binary
 
 
-def read(path: str, codec: Codec | None) -> Records:
-    """The file's text as the only record; raises OSError when it cannot be opened."""
+def read(file: IO[bytes], codec: Codec | None, extractor: Extractor) -> Records:
+    """The file's text as the only record. Raises OSError."""
     records = Records()
-    with open_binary(path) as file:
-        data, problem = file.read(), None
-    if codec is not None:
-        data, problem = decompress(data, codec)
-    records.size = len(data)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        records.reject(f"not valid UTF-8 at byte {error.start}")
-        return records
+    data, problem = decompress(file, codec, extractor.max_bytes)
     if problem is not None:
         records.reject(problem)
-    else:
-        records.documents.append(text)
+        return records
+    if len(data) > extractor.max_bytes:
+        records.reject(extractor.too_long(len(data)))
+        return records
+    records.size = len(data)
+    try:
+        records.documents.append(data.removeprefix(BOM).decode())
+    except UnicodeDecodeError as error:
+        records.reject(f"not valid UTF-8 at byte {error.start}")
     return records

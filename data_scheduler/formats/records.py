@@ -6,8 +6,25 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Document = str | npt.NDArray[np.uint32]
+
+class MarkedText(NamedTuple):
+    """Text of which some stretches carry no loss, or all of which has a weight of its own in the loss."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    """(text, whether its tokens are learned). Each piece is encoded by itself, so that no token spans an edge."""
+    weight: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(text for text, _ in self.pieces)
+
+
+Document = str | MarkedText | npt.NDArray[np.uint32]
 """Text, or token ids of data that was tokenized before."""
+
+
+REASON_CHARACTERS = 300
 
 
 class Unit(NamedTuple):
@@ -37,13 +54,22 @@ class Records:
     """Records that the source's `where` left out."""
     size: int = 0
     """Bytes of text, for caches."""
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    """Line files: (place of its first record, number) of every block these records were read from."""
 
     def reject(self, reason: str) -> None:
         """Record the next record as unusable."""
-        self.rejects.append(Reject(len(self.documents), reason))
+        told = " ".join(reason[: 2 * REASON_CHARACTERS].split())  # one line, whatever a library quotes of the data
+        self.rejects.append(Reject(len(self.documents), told[:REASON_CHARACTERS]))
         self.documents.append(None)
 
     def leave_out(self) -> None:
         """Record the next record as filtered out."""
         self.filtered += 1
         self.documents.append(None)
+
+    def only(self, places: range) -> "Records":
+        """The records at `places`, as if they were all."""
+        documents = [self.documents[place] for place in places]
+        rejects = [Reject(places.index(place), reason) for place, reason in self.rejects if place in places]
+        return Records(documents, rejects, sum(document is None for document in documents) - len(rejects))

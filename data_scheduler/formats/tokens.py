@@ -1,102 +1,112 @@
-"""Data that was tokenized before: `.npy` arrays and Megatron's `.bin` + `.idx`.
+"""Data that was tokenized before: `.npy` arrays, Megatron's `.bin` + `.idx`, datatrove's `.ds` + `.ds.index`.
 
 `.npy`: one integer array; documents end with the tokenizer's end-of-document token (an unfinished last one counts).
-`.bin`: token ids of all documents, `.idx` beside it says where they begin (Megatron-LM's indexed datasets, version 1).
+`.bin` and `.ds`: token ids of all documents; a file beside it says where they begin (`token_index.py`).
 
 A document's own end-of-document token is taken off; the scheduler puts one after every document.
 """
 
 import itertools
-import os
-import struct
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
 
 from data_scheduler.formats.records import Records, Unit
+from data_scheduler.formats.token_index import TokenIndex
+from headrace.errors import HeadraceError
 
-MAGIC = b"MMIDIDX\x00\x00"
-MEGATRON_TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-
-
-class Index:
-    """Megatron's `.idx`: lengths and byte offsets of the sequences in the `.bin`."""
-
-    def __init__(self, path: str) -> None:
-        """Raises OSError when there is none, ValueError when it is not one."""
-        with open(os.path.splitext(path)[0] + ".idx", "rb") as file:
-            data = file.read()
-        if not data.startswith(MAGIC) or len(data) < 34:
-            raise ValueError("the .idx beside it is not a Megatron index")
-        version, code, sequences, _ = struct.unpack_from("<QBQQ", data, 9)
-        if version != 1 or code not in MEGATRON_TYPES:
-            raise ValueError(f"Megatron index of version {version}, type code {code}; version 1 is known")
-        if len(data) < 34 + 12 * sequences:
-            raise ValueError("the .idx beside it is cut off")
-        self.dtype = np.dtype(MEGATRON_TYPES[code])
-        self.lengths = np.frombuffer(data, np.int32, sequences, 34)
-        self.offsets = np.frombuffer(data, np.int64, sequences, 34 + 4 * sequences)
+GAP_BYTES = 1 << 20
+"""Bytes between documents that are read and thrown away rather than skipped: a remote request costs as much."""
 
 
-STRETCH_TOKENS = 1 << 20
+class Vocabulary(NamedTuple):
+    """What a document of token ids is held against."""
+
+    eos_id: int
+    size: int
 
 
-def megatron_layout(path: str) -> list[tuple[int, int]]:
-    """(documents, bytes) of stretches of about STRETCH_TOKENS tokens. Raises OSError or ValueError."""
-    index = Index(path)
-    edges = np.flatnonzero(np.diff(np.cumsum(index.lengths, dtype=np.int64) // STRETCH_TOKENS)) + 1
-    return [
-        (len(lengths), int(lengths.sum()) * index.dtype.itemsize)
-        for lengths in np.split(index.lengths, edges)
-        if len(lengths)
-    ]
-
-
-def read_megatron(unit: Unit, eos_id: int, vocab_size: int) -> Records:
-    """Sequences [start, stop) of a `.bin` file. Raises OSError when a file is gone."""
+def read_indexed(file: IO[bytes], size: int, unit: Unit, index: TokenIndex, vocabulary: Vocabulary) -> Records:
+    """Documents [start, stop) of a `.bin` or `.ds` file of `size` bytes. Raises OSError."""
     records = Records()
-    try:
-        index = Index(unit.path)
-    except ValueError as error:
-        records.reject(str(error))
-        return records
-    size = os.path.getsize(unit.path) // index.dtype.itemsize
-    tokens = np.memmap(unit.path, index.dtype, "r") if size else np.empty(0, index.dtype)
-    stop = len(index.lengths) if unit.stop < 0 else unit.stop
-    for number in range(unit.start, stop):
-        begin = int(index.offsets[number]) // index.dtype.itemsize
-        end = begin + int(index.lengths[number])
-        if not 0 <= begin <= end <= size:
-            records.reject("the index points past the end of the .bin file")
-            continue
-        _add(np.array(tokens[begin:end]), eos_id, vocab_size, records)
+    chosen = slice(unit.start, None if unit.stop < 0 else unit.stop)
+    offsets, lengths = index.offsets[chosen], index.lengths[chosen]
+    # Compared as tokens left, so that a damaged length cannot overflow.
+    inside = (offsets >= 0) & (offsets <= size) & (lengths <= (size - offsets) // index.dtype.itemsize)
+    parts = _parts(file, offsets[inside], lengths[inside] * index.dtype.itemsize)
+    for fits in inside.tolist():
+        if fits:
+            _add(np.frombuffer(next(parts), index.dtype), vocabulary, records)
+        else:
+            records.reject("the index points past the end of the file")
+    missing = 0 if unit.stop < 0 else unit.stop - unit.start - len(offsets)
+    if missing > 0:
+        records.reject(f"the index has {missing} documents fewer than when the source entered the run")
     return records
 
 
-def read_npy(unit: Unit, eos_id: int, vocab_size: int) -> Records:
-    """The documents of an array. Raises OSError when the file is gone."""
+def read_npy(file: IO[bytes], vocabulary: Vocabulary) -> Records:
+    """The documents of an array. Raises OSError."""
     records = Records()
     try:
-        tokens = np.load(unit.path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        records.reject(f"not a .npy array: {error}")
+        major, _ = npy.read_magic(file)
+        shape, _, dtype = npy.read_array_header_1_0(file) if major == 1 else npy.read_array_header_2_0(file)
+    except (OSError, HeadraceError):
+        raise
+    except Exception as error:  # the header is a Python literal, and numpy lets what its parser raises through
+        records.reject(f"not a .npy array: {' '.join(str(error).split()) or type(error).__name__}")
         return records
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        records.reject(f"an array of {tokens.dtype} with {tokens.ndim} dimensions; token ids are integers in one")
+    if len(shape) != 1 or dtype.kind not in "iu":
+        records.reject(f"an array of {dtype} with {len(shape)} dimensions; token ids are integers in one")
         return records
-    ends = np.flatnonzero(tokens == eos_id) + 1
-    edges = np.concatenate([[0], ends, [len(tokens)] if not len(ends) or ends[-1] != len(tokens) else []]).astype(int)
-    for begin, end in itertools.pairwise(edges):
-        _add(np.array(tokens[begin:end]), eos_id, vocab_size, records)
+    data = file.read()
+    whole = len(data) // dtype.itemsize
+    tokens = np.frombuffer(data, dtype, min(whole, max(0, int(shape[0]))))
+    ends = np.flatnonzero(tokens == vocabulary.eos_id) + 1
+    rest = [len(tokens)] if not len(ends) or ends[-1] != len(tokens) else []
+    if len(tokens) < shape[0]:
+        rest = []  # the document it breaks off in is not whole
+    edges = np.concatenate([[0], ends, rest]).astype(np.int64)
+    for begin, end in itertools.pairwise(edges.tolist()):
+        _add(tokens[begin:end], vocabulary, records)
+    if len(tokens) < shape[0]:
+        records.reject(f"cut off: {len(tokens)} of {shape[0]} tokens; the documents up to there were read")
+    elif len(data) > shape[0] * dtype.itemsize:
+        records.reject(f"{len(data) - shape[0] * dtype.itemsize} bytes follow the array")
     return records
 
 
-def _add(tokens: npt.NDArray[Any], eos_id: int, vocab_size: int, records: Records) -> None:
-    if len(tokens) and tokens[-1] == eos_id:
+def _parts(file: IO[bytes], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Iterator[memoryview]:
+    """The bytes of every document, those that lie close together from one read. The parts are inside the file."""
+    first = 0
+    while first < len(offsets):
+        begin = end = int(offsets[first])
+        last = first
+        while last < len(offsets) and -GAP_BYTES < int(offsets[last]) - end < GAP_BYTES and offsets[last] >= begin:
+            end = max(end, int(offsets[last] + sizes[last]))
+            last += 1
+        file.seek(begin)
+        data = memoryview(file.read(end - begin))
+        for number in range(first, last):
+            at = int(offsets[number]) - begin
+            part = data[at : at + int(sizes[number])]
+            if len(part) < int(sizes[number]):
+                raise OSError(f"ends at byte {begin + len(data)}, should have {end}")
+            yield part
+        first = last
+
+
+def _add(tokens: npt.NDArray[Any], vocabulary: Vocabulary, records: Records) -> None:
+    if len(tokens) and tokens[-1] == vocabulary.eos_id:
         tokens = tokens[:-1]
-    if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
-        records.reject(f"token id {int(tokens.max())} is outside the tokenizer's vocabulary of {vocab_size}")
-        return
+    if len(tokens):
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= vocabulary.size:
+            wrong = least if least < 0 else most
+            records.reject(f"token id {wrong} is outside the tokenizer's vocabulary of {vocabulary.size}")
+            return
     records.size += 4 * len(tokens)
     records.documents.append(tokens.astype(np.uint32))

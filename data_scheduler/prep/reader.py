@@ -89,12 +89,10 @@ def _rows(path: str, config: InputConfig) -> Iterator[Row]:
             yield from _parquet_rows(path, config)
             return
         with open_binary(path) as file:
-            data, problem = file.read(), None
+            data, problem = decompress(file, CODECS[suffix] if suffix else None)
     except (OSError, pa.ArrowException) as error:
         yield f"cannot be read: {str(error).splitlines()[0]}"
         return
-    if suffix:
-        data, problem = decompress(data, CODECS[suffix])
     if kind == "text":
         try:
             yield {config.text_key: data.decode()} if problem is None else problem

@@ -1,4 +1,4 @@
-"""`headrace data …`: make a sample corpus, and look at what a run has been given."""
+"""`headrace data …`: make a sample corpus, look at a run's files ahead of it, and at what a run has been given."""
 
 import json
 import sys
@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, DataError
 from pretrain.cli.prep import prep
 
-app = typer.Typer(help="Sample corpus, preparation, replay, trace, ledger.", no_args_is_help=True)
+app = typer.Typer(help="Sample corpus, preparation, index, replay, trace, ledger.", no_args_is_help=True)
 app.command()(prep)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
@@ -40,17 +40,78 @@ def sample(
 
 
 @app.command()
+def index(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    copies: Annotated[bool, typer.Option("--copies", help="Make the copies of large files that a run would.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Look at every file of CONFIG's sources: how they will be cut, what is wrong with them.
+
+    A run that follows opens no file twice. With --copies it also finds the copies that it needs.
+    """
+    from data_scheduler.index_report import index_sources, make_copies
+    from pretrain.config import load_config
+
+    data = load_config(config, overrides or []).data
+    found = list(index_sources(data))
+    reports = [report for report, _ in found]
+    if copies:
+        for source, problem in make_copies(data, [unit for _, large in found for unit in large]):
+            next(report for report in reports if report.source == source).problems.append(problem)
+    if as_json:
+        print(json.dumps({"lanes": data.lanes, "sources": [report.to_data() for report in reports]}))
+        return
+    table = Table(
+        "source", "files", "MB", "text MB", "documents", "chunks", "chunk KB", "chunks per lane", "large",
+        title=f"{config}, {data.lanes} lanes",
+    )  # fmt: skip
+    for report in reports:
+        table.add_row(
+            report.source,
+            f"{report.files:,}",
+            f"{report.bytes / 1e6:,.1f}",
+            f"{report.text_bytes / 1e6:,.1f}",
+            "" if report.documents is None else f"{report.documents:,}",
+            f"{report.chunks:,}",
+            f"{report.chunk_bytes / 1e3:,.1f}",
+            f"{report.chunks_per_lane:,.1f}",
+            f"{report.large_units:,}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    for report in reports:
+        for problem in report.problems:
+            print(f"{report.source}: {problem}")
+
+
+@app.command()
 def replay(
     run: Run,
     steps: Annotated[str, typer.Option(metavar="A:B", help="First and last step, both included.")],
+    sha256: Annotated[bool, typer.Option("--sha256", help="Print `step sha256` only, for other programs.")] = False,
 ) -> None:
-    """Make past batches again from the raw files and print `step sha256`, as recorded in `metrics.jsonl`."""
+    """Make past batches again from the raw files and compare their hashes with those in `metrics.jsonl`.
+
+    Exit code 3 when a batch is another than the one the run was trained on.
+    """
     from data_scheduler.batch import batch_sha256
+    from data_scheduler.replay import recorded_hashes
     from data_scheduler.replay import replay as replay_steps
 
     first, last = _parse_steps(steps)
+    recorded, differing = recorded_hashes(run), []
     for batch in replay_steps(run, first, last):
-        print(batch.step, batch_sha256(batch.digests), flush=True)
+        found, before = batch_sha256(batch.digests), recorded.get(batch.step)
+        verdict = "not in metrics.jsonl" if before is None else "as recorded" if found == before else "DIFFERS"
+        print(batch.step, found, *([] if sha256 else [verdict]), flush=True)
+        if before not in (None, found):
+            differing.append(batch.step)
+    if differing:
+        raise DataError(
+            f"{run}: {len(differing)} of the steps {steps} are not what was trained on, the first is {differing[0]}; "
+            "has a data file changed without changing its size?"
+        )
 
 
 @app.command()
@@ -58,6 +119,7 @@ def trace(
     run: Run,
     step: Annotated[int, typer.Option(min=0, help="The step to look at.")],
     slot: Annotated[int | None, typer.Option(min=0, help="Only this slot of the global batch.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the documents' text too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with the documents' text.")] = False,
 ) -> None:
     """Name source, file, record and token range of every document in a past step's batch."""
@@ -67,6 +129,14 @@ def trace(
     if as_json:
         for document in documents:
             print(json.dumps({"step": step, **document._asdict()}, ensure_ascii=False))
+        return
+    if text:
+        for document in documents:
+            print(
+                f"== slot {document.slot}  {document.source}  {_printable(document.file)}  record {document.record}"
+                f"  tokens {document.token_start}-{document.token_stop}"
+            )
+            print(_printable(document.text))
         return
     table = Table("slot", "source", "file", "record", "tokens", "begins with", title=f"step {step}")
     for document in documents:
@@ -114,6 +184,11 @@ def ledger(
             ", ".join(f"{count:,}" for count in row.documents_seen),
         )
     Console().print(table)
+
+
+def _printable(text: str) -> str:
+    """The text with control characters spelled out: what is in a document must not steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _parse_steps(steps: str) -> tuple[int, int]:

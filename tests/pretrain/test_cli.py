@@ -82,6 +82,16 @@ def test_train_replay_trace_ledger(headrace: Headrace, config: Path, tmp_path: P
     code, output = headrace("data", "replay", run, "--steps", "0:2")
     assert code == 0
     assert {int(line.split()[0]): line.split()[1] for line in output.splitlines()} == hashes
+    assert all(line.endswith("as recorded") for line in output.splitlines())
+    code, output = headrace("data", "replay", run, "--steps", "0:2", "--sha256")
+    assert (code, [line.split() for line in output.splitlines()]) == (0, [[str(n), hashes[n]] for n in range(3)])
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(metrics.replace(hashes[1], "0" * 64))
+    one_line(headrace("data", "replay", run, "--steps", "0:2", "--sha256"), 3, "the first is 1")
+    (run / "metrics.jsonl").write_text(metrics)
+    code, output = headrace("data", "trace", run, "--step", 1, "--text")
+    assert code == 0
+    assert output.count("== slot") >= 4
     code, output = headrace("data", "trace", run, "--step", 1, "--json")
     assert code == 0
     documents = [json.loads(line) for line in output.splitlines()]

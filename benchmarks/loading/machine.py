@@ -1,0 +1,48 @@
+"""What a benchmark ran on, and with which versions."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, system, Python, load."""
+    models = re.findall(r"^model name\s*:\s*(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    memory = re.search(r"MemTotal:\s+(\d+)", _read("/proc/meminfo"))
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(int(memory.group(1)) / 1e6) if memory else None,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "load": f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores in the last minute",
+    }
+
+
+def versions(names: list[str], python: Path | None = None) -> dict[str, str]:
+    """Package → version, of this environment or of another interpreter's."""
+    if python is None:
+        return {name: _version(name) for name in names}
+    code = "import json, importlib.metadata as m; print(json.dumps([[d.name, d.version] for d in m.distributions()]))"
+    found = json.loads(subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    known = {name.lower().replace("_", "-"): version for name, version in found}
+    return {name: known.get(name.lower().replace("_", "-"), "not installed") for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
