@@ -7,8 +7,11 @@ The folder remembers what it was made from (`prep.json`); going on with anything
 tasks would not be of the same kind as new ones.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +62,24 @@ def prepare(config: PrepConfig) -> Outcome:
     if isinstance(config.executor, LocalExecutor):
         from data_scheduler.prep.local import run_passes
 
-        run_passes(passes, config.executor)
+        with _alone(out):
+            run_passes(passes, config.executor)
         return Outcome(json.loads((out / REPORT).read_text(encoding="utf-8")))
     from data_scheduler.prep.slurm import submit_passes
 
     submit_passes(passes, config.executor)
     return Outcome(None)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder; the lock ends with the process. Raises ConfigError when another process holds it."""
+    with open(out / STATE, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"out: {out} is being prepared by another process; wait for it, or stop it") from None
+        yield
 
 
 def _state(config: PrepConfig, files: list[tuple[str, int]]) -> dict[str, Any]:

@@ -36,11 +36,14 @@ class OutputJsonl(JsonlWriter):
     """`<rank>.jsonl.zst` with the output's columns as fields."""
 
     def __init__(self, folder: str, columns: dict[str, FieldType]) -> None:
-        super().__init__(folder, output_filename="${rank}.jsonl.zst", compression="zstd", adapter=_flat)
+        super().__init__(folder, output_filename="${rank}.jsonl.zst", compression="zstd")
         self.columns = columns
 
     def _get_output_filename(self, document: Document, rank: int | str = 0, **kwargs: Any) -> str:
         return f"{rank:0>5}.jsonl.zst"
+
+    def _default_adapter(self, document: Document) -> dict[str, Any]:
+        return _row(document, self.columns)
 
 
 class OutputParquet(ParquetWriter):
@@ -53,7 +56,6 @@ class OutputParquet(ParquetWriter):
             folder,
             output_filename="${rank}.parquet",
             compression="zstd",
-            adapter=_flat,
             batch_size=ROWS,
             max_file_size=-1,
             schema=schema,
@@ -63,8 +65,9 @@ class OutputParquet(ParquetWriter):
     def _get_output_filename(self, document: Document, rank: int | str = 0, **kwargs: Any) -> str:
         return f"{rank:0>5}.parquet"
 
+    def _default_adapter(self, document: Document) -> dict[str, Any]:
+        return _row(document, self.columns)
 
-def _flat(writer: OutputJsonl | OutputParquet, document: Document) -> dict[str, Any]:
-    """A document as a row; datatrove binds this to its writer."""
-    columns = {name: document.metadata.get(name) for name in writer.columns}
-    return {"id": document.id, "text": document.text, **columns}
+
+def _row(document: Document, columns: dict[str, FieldType]) -> dict[str, Any]:
+    return {"id": document.id, "text": document.text, **{name: document.metadata.get(name) for name in columns}}

@@ -1,5 +1,6 @@
 """Preparation: real datatrove pipelines on a small corpus with planted duplicates, near duplicates and junk."""
 
+import fcntl
 import gzip
 import hashlib
 import itertools
@@ -27,8 +28,10 @@ from tokenizers import Tokenizer
 pytest.importorskip("datatrove")
 
 from data_scheduler import DataConfig, Scheduler
-from data_scheduler.prep.config import PrepConfig
+from data_scheduler.prep.config import LocalExecutor, PrepConfig
 from data_scheduler.prep.load import load_prep_config
+from data_scheduler.prep.local import run_passes
+from data_scheduler.prep.plan import Pass
 from data_scheduler.prep.run import prepare
 from headrace.errors import ConfigError, DataError
 
@@ -286,6 +289,31 @@ def test_another_configuration_or_input_is_refused(settings: dict[str, Any], tmp
         run(settings)
     with pytest.raises(ConfigError, match="holds something else"):
         run(settings | {"out": str(folder)})
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    settings = small(tmp_path, {"a": page(0)}, [{"kind": "length"}])
+    run(settings)
+    (tmp_path / "out" / "prep_report.json").unlink()
+    with open(tmp_path / "out" / "prep.json", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is being prepared by another process"):
+            run(settings)
+
+
+class Killed:
+    """A block that does not survive its second task."""
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_for_memory_is_noticed(tmp_path: Path) -> None:
+    passes = [Pass("00-read", 3, [Killed()], str(tmp_path))]
+    with pytest.raises(DataError, match="pass 1/1 read: a worker was killed, most likely for memory"):
+        run_passes(passes, LocalExecutor(workers=2))
+    assert not (tmp_path / "completions" / "00001").exists()
 
 
 # -- other steps ----------------------------------------------------------------------------------------------------
