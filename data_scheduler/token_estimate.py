@@ -142,10 +142,10 @@ def _looked_at(units: UnitReader, pieces: Sequence[Piece], whole: bool) -> Itera
                 yield _window(units, piece, offset)
         elif piece.cut == "lines":
             documents, stands_for = _beginning(units, piece, DECODED_BYTES // len(places))
-            yield from _spread(documents, stands_for, max(2, len(offsets)))
+            yield from _spread(documents, stands_for, len(offsets))
         elif read < UNIT_BYTES:
             read += piece.size
-            yield from _spread(_good(units.read(piece.unit).documents), piece.size, max(2, len(offsets)))
+            yield from _spread(_good(units.read(piece.unit).documents), piece.size, len(offsets))
 
 
 def _good(documents: Sequence[Document | None]) -> list[Document]:
