@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -20,6 +20,7 @@ from headrace.errors import ConfigError
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class RunSection(StrictModel):
@@ -207,6 +208,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Values are read as YAML (`true`, `3e-4`, `[a, b]`); list items are addressed by number or, for sources, by name
     (`data.sources.code.weight=2`). Raises ConfigError.
     """
+    return validate_config(_read(path, overrides), str(path))
+
+
+def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DataConfig, int | None]:
+    """(the `data` section, `train.steps`) of a run's configuration, or of a file with a `data` section only, which has
+    no steps. Otherwise as `load_config`."""
+    raw = _read(path, overrides)
+    if set(raw) != {"data"}:
+        config = validate_config(raw, str(path))
+        return config.data, config.train.steps
+    return _validated(_DataFile, raw, str(path)).data, None
+
+
+class _DataFile(StrictModel):
+    data: DataConfig
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = Path(path)
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
@@ -224,13 +243,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: a config is a mapping with the sections {', '.join(RunConfig.model_fields)}")
     for override in overrides:
         _apply_override(raw, override)
-    return validate_config(raw, str(path))
+    return raw
 
 
 def validate_config(raw: dict[str, Any], where: str) -> RunConfig:
     """`raw` as a RunConfig; raises ConfigError naming `where`, the key's path and the nearest valid name."""
+    return _validated(RunConfig, raw, where)
+
+
+def _validated(model: type[Model], raw: dict[str, Any], where: str) -> Model:
     try:
-        return RunConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         problems = [_describe(problem, raw) for problem in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.errors import ConfigError, DataError
+from pretrain.cli.data_simulate import simulate
 from pretrain.cli.prep import prep
 
-app = typer.Typer(help="Sample corpus, preparation, index, replay, trace, ledger.", no_args_is_help=True)
+app = typer.Typer(help="Sample corpus, preparation, index, simulate, replay, trace, ledger.", no_args_is_help=True)
 app.command()(prep)
+app.command()(simulate)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 

@@ -1,0 +1,183 @@
+"""A run's decisions without its data: what each step draws from which source, by the parts that a run uses.
+
+    policy ──► shares (less those of sources that are through) ──► mixer ──► counts ──► slots ──► lanes
+
+A lane that is through with a source (it gave `max_epochs` epochs) takes sequences of others in its place, and `horizon`
+steps after the last lane was, the source's share goes to the others, as in `Scheduler`. When a lane is through depends
+on how many sequences it holds; that is given, for it cannot be known without reading. All else is exact.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from data_scheduler.assumed_losses import AssumedLosses, FlatLosses
+from data_scheduler.config import DataConfig
+from data_scheduler.journal import Journal
+from data_scheduler.mixture import ONE, Mixer, quantize, slots
+from data_scheduler.order import Int64
+from data_scheduler.plan import Plan
+from data_scheduler.policies import Feedback, make_policy
+from data_scheduler.scheduler import GOLDEN
+from headrace.errors import ConfigError
+
+UNLIMITED = 1 << 62
+
+
+class Draw(NamedTuple):
+    """What one step draws. Shares are in units of 1/ONE."""
+
+    step: int
+    asked: Int64
+    """int64[sources]: the policy's shares."""
+    shares: Int64
+    """int64[sources]: the same, with those of sources that are through given to the others."""
+    counts: Int64
+    """int64[sources]: sequences, summing to the global batch."""
+    owed: Int64
+    """int64[sources]: Σ shares·B less what the mixer drew, in units of 1/ONE sequences."""
+
+
+class DryRun:
+    """Iterates over the steps of a run that has just begun, as `Draw`s; ends early only where the run would."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        capacities: Mapping[str, Int64] | None = None,
+        losses: AssumedLosses | None = None,
+    ) -> None:
+        """capacities: of sources with `max_epochs`, the sequences that each lane can give, int64[lanes]; a source
+        without is never through. losses: what a policy that listens is told; flat when None.
+
+        Raises ConfigError for a policy, options or weights that cannot be used.
+        """
+        self.config = config
+        self.names = [source.name for source in config.sources]
+        initial = {source.name: source.weight for source in config.sources}
+        self._policy = make_policy(config.policy.kind, config.policy.options, initial)
+        self.listens = self._policy.uses_feedback
+        """Whether the policy looks at losses."""
+        if (self.listens or any(s.max_epochs for s in config.sources)) and config.policy.horizon <= config.prefetch:
+            raise ConfigError(
+                f"data.policy.horizon: {config.policy.horizon} must be larger than data.prefetch ({config.prefetch})"
+            )
+        self._losses = losses or FlatLosses(self.names)
+        self.journal = Journal()
+        self.plan = Plan(self.journal)
+        self._record("limits", 0, {"max_epochs": {source.name: source.max_epochs for source in config.sources}})
+        self._mixer = Mixer(len(self.names))
+        self._left = np.full((config.lanes, len(self.names)), UNLIMITED, np.int64)
+        """Sequences that lanes can still give."""
+        self._open = dict(capacities or {})
+        """Sources that will be through some day."""
+        self._ended: list[int] = []
+        """Sources that all lanes are through with; what was still owed to one may be drawn, and is given by others."""
+        for name, sequences in self._open.items():
+            self._left[:, self.names.index(name)] = sequences
+        self._through = np.zeros(self._left.shape, np.bool_)
+        self.first_through: dict[str, int] = {}
+        """Step in which a source's first lane was found to be through."""
+        self._sequences = 0
+        self._reports: list[Feedback] = []
+        self._shares_of: tuple[Mapping[str, float] | None, tuple[str, ...]] = (None, ())
+        self._known: tuple[Int64, Int64] = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    def __iter__(self) -> Iterator[Draw]:
+        batch, horizon = self.config.global_batch_size, self.config.policy.horizon
+        step = 0
+        while True:
+            heard = [self._reports.pop(0)] if self._reports and self._reports[0].step <= step - horizon else []
+            found = self._shares(step, self._policy.weights(step, heard))
+            if found is None:
+                return
+            asked, shares = found
+            counts = self._mixer.counts(shares, batch)
+            if self._open or counts[self._ended].any():
+                given = self._deal(step, counts, shares)
+                if given is None:
+                    return
+                counts = given
+            self._sequences += batch
+            if self.listens:
+                self._report(step, counts)
+            yield Draw(step, asked, shares, counts, self._mixer.owed)
+            step += 1
+
+    def _report(self, step: int, counts: Int64) -> None:
+        """What a model would report: losses of the sources that gave something."""
+        losses = self._losses.at(step)
+        drawn = {name: count for name, count in zip(self.names, counts.tolist(), strict=True) if count}
+        tokens = {name: count * self.config.seq_len for name, count in drawn.items()}
+        self._reports.append(Feedback(step, {name: losses[name] for name in drawn}, tokens))
+
+    def _shares(self, step: int, wanted: Mapping[str, float]) -> tuple[Int64, Int64] | None:
+        """(asked, used) shares of a step; None when every source that is asked for is through."""
+        capped = tuple(name for name in self.plan.capped if self.plan.is_capped(name, step))
+        if (wanted, capped) == self._shares_of:
+            return self._known
+        asked = quantize(wanted, self.names)
+        shares = asked
+        if capped:
+            exact = dict(zip(self.names, (asked / ONE).tolist(), strict=True))
+            left = {name: 0.0 if name in capped else weight for name, weight in exact.items()}
+            if not any(left.values()):
+                return None
+            shares = quantize(left, self.names)
+        self._shares_of, self._known = (dict(wanted), capped), (asked, shares)
+        return self._known
+
+    def _deal(self, step: int, counts: Int64, shares: Int64) -> Int64 | None:
+        """The sequences that the step's lanes give for those asked of them; None when a lane has nothing left."""
+        batch, lanes = self.config.global_batch_size, self.config.lanes
+        sources = slots(counts, self.config.seed, step).astype(np.int64)
+        dealt = (self._sequences + np.arange(batch)) % lanes
+        places = dealt * len(self.names) + sources
+        left = self._left.reshape(-1)
+        if batch > lanes:
+            np.subtract.at(left, places, 1)
+        else:  # 10 µs faster, where no lane comes twice
+            left[places] -= 1
+        short = left[places] < 0
+        if short.any():
+            # Most lanes have what they are asked for; only the rows of the others are gone through one by one.
+            rows = np.flatnonzero(np.isin(dealt, dealt[short]))
+            np.add.at(left, places[rows], 1)
+            for row in rows.tolist():
+                given = self._give(int(dealt[row]), int(sources[row]), self._sequences + row, shares)
+                if given is None:
+                    return None
+                sources[row] = given
+            self._find_through(step)
+        return np.bincount(sources, minlength=len(self.names))
+
+    def _give(self, lane: int, source: int, sequence: int, shares: Int64) -> int | None:
+        """The source of a sequence asked of a lane: another where it is through with that. As `Scheduler._pack`."""
+        while True:
+            if self._left[lane, source] > 0:
+                self._left[lane, source] -= 1
+                return source
+            self._through[lane, source] = True
+            left = np.where(self._through[lane], 0, shares)
+            total = int(left.sum())
+            if total == 0:
+                return None
+            drawn = (sequence * GOLDEN % (1 << 64)) * total >> 64
+            source = int(np.searchsorted(np.cumsum(left), drawn, side="right"))
+
+    def _find_through(self, step: int) -> None:
+        """Note sources that a first lane is through with, and give on the share of those that all are."""
+        for name in list(self._open):
+            through = self._through[:, self.names.index(name)]
+            if through.any():
+                self.first_through.setdefault(name, step)
+            if through.all():
+                limit = self.plan.limits.at(step)[name]
+                data = {"source": name, "max_epochs": limit, "reported": step}
+                self._record("capped", step + self.config.policy.horizon, data)
+                del self._open[name]
+                self._ended.append(self.names.index(name))
+
+    def _record(self, kind: str, step: int, data: dict[str, object]) -> None:
+        self.plan.apply(self.journal.append(kind, step, data, "system"))  # type: ignore[arg-type]

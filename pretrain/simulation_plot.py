@@ -1,0 +1,131 @@
+"""The picture of a simulated run: shares over steps above, epochs below.
+
+Up to ten sources get a colour each and a legend. More, and a legend is no help: then colour goes by share, the axis of
+shares is logarithmic, and the bars below, named one by one, are the legend.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_scheduler.simulate import MANY_EPOCHS, Simulation
+from headrace.errors import ConfigError
+from pretrain.report import COLOURS, LINE_STYLES
+
+FEW = 10
+"""Sources that a legend can hold and an eye can tell apart."""
+NAME_LENGTH = 24
+"""Characters of a source's name that have room beside its bar."""
+
+
+def plot_simulation(simulation: Simulation, path: str | Path) -> None:
+    """Draw into the PNG `path`. Raises ConfigError without matplotlib, OSError when it cannot be written."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("the plot needs matplotlib; pip install 'headrace[train]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.edgecolor": "#888888",
+        "axes.axisbelow": True,
+    }
+    sources = simulation.sources
+    many = len(sources) > FEW
+    size = (11, 6.4) if not many else (max(11.0, 0.26 * len(sources)), 8.6)
+    with plt.rc_context(style):
+        figure, (above, below) = plt.subplots(2, figsize=size, dpi=130, layout="constrained", height_ratios=(3, 2))
+        try:
+            order = sorted(range(len(sources)), key=lambda n: (-sources[n].share_realised, n))
+            ranks = np.linspace(0, 0.92, len(sources))
+            colours: list[Any] = [COLOURS[n % len(COLOURS)] for n in range(len(sources))]
+            if many:
+                for rank, number in zip(ranks, order, strict=True):
+                    colours[number] = matplotlib.colormaps["turbo"](0.04 + rank)
+            _draw_shares(simulation, above, colours, many)
+            _draw_epochs(simulation, below, colours, order if many else list(range(len(sources))), many)
+            figure.savefig(str(path), format="png")
+        finally:
+            plt.close(figure)
+
+
+def _draw_shares(simulation: Simulation, axes: Any, colours: list[Any], many: bool) -> None:
+    for number, source in enumerate(simulation.sources):
+        colour = colours[number]
+        line = LINE_STYLES[0] if many else LINE_STYLES[number // len(COLOURS) * 2 % len(LINE_STYLES)]
+        realised = np.where(simulation.realised[:, number] > 0, simulation.realised[:, number], math.nan)
+        asked = np.where(simulation.asked[:, number] > 0, simulation.asked[:, number], math.nan)
+        axes.step(simulation.at, asked, "--", where="post", color=colour, linewidth=1.0, alpha=0.75)
+        axes.plot(simulation.at, realised, line, color=colour, linewidth=1.3 if many else 1.9, label=source.source)
+        if source.end is not None:
+            at = min(int(simulation.at.searchsorted(source.end.through)), len(simulation.at) - 1)
+            axes.plot(simulation.at[at], simulation.realised[at, number], "X", color=colour, markersize=8,
+                      markeredgecolor="white", zorder=5)  # fmt: skip
+    axes.set_title(
+        f"{simulation.policy} mixture of {len(simulation.sources)} sources   "
+        f"{simulation.steps:,} steps of {simulation.global_batch_size:,} x {simulation.seq_len:,} tokens",
+        loc="left", pad=10,
+    )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("share of tokens so far")
+    axes.margins(x=0.01)
+    if many:
+        axes.set_yscale("log")
+        drawn = [source.share_realised for source in simulation.sources if source.share_realised > 0]
+        asked_most = float(simulation.asked.max())
+        axes.set_ylim(min(drawn) / 2, min(1.0, 2 * max(asked_most, max(drawn))))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.plot([], [], "--", color="#555555", linewidth=1.0, label="asked in that step")
+    if any(source.end for source in simulation.sources):
+        axes.plot([], [], "X", color="#555555", markeredgecolor="white", markersize=8, label="source is through")
+    handles, labels = axes.get_legend_handles_labels()
+    own = len(simulation.sources) if many else 0
+    axes.legend(handles[own:], labels[own:], frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _draw_epochs(simulation: Simulation, axes: Any, colours: list[Any], order: list[int], many: bool) -> None:
+    sources = [simulation.sources[number] for number in order]
+    places = np.arange(len(sources))
+    epochs = [source.epochs or 0.0 for source in sources]
+    errors = [source.epochs_error or 0.0 for source in sources]
+    axes.bar(places, epochs, 0.7, color=[colours[number] for number in order], alpha=0.85)
+    shown = np.array(errors) > 0.005 * max(*epochs, 0.01)
+    if shown.any():
+        axes.errorbar(
+            places[shown], np.array(epochs)[shown], np.array(errors)[shown], fmt="none", ecolor="#333333", elinewidth=1,
+            capsize=2, label="± two standard errors",
+        )  # fmt: skip
+    limited = [(place, source.max_epochs) for place, source in enumerate(sources) if source.max_epochs is not None]
+    top = max(max(epoch + error for epoch, error in zip(epochs, errors, strict=True)), 0.01)
+    if limited:
+        # A limit far above all bars would make them flat; it is no limit of this run anyway.
+        near = [(place, limit) for place, limit in limited if limit <= 2.5 * top]
+        x, y = zip(*near, strict=True) if near else ((), ())
+        axes.plot(x, y, "_", color="black", markersize=9 if many else 26, markeredgewidth=2.0, label="max_epochs")
+        top = max(top, *(limit for _, limit in near), 0)
+    if top > MANY_EPOCHS:
+        axes.axhline(MANY_EPOCHS, color="#b00020", linewidth=1.0, linestyle=":", label=f"{MANY_EPOCHS} epochs")
+    for place, source in enumerate(sources):
+        said = (
+            "?" if source.epochs is None else f"{source.epochs:.2f}" if source.epochs < 9.95 else f"{epochs[place]:.0f}"
+        )
+        high = max(epochs[place] + errors[place], 0)
+        axes.annotate(said, (place, high), (0, 2), textcoords="offset points", ha="center", va="bottom",
+                      fontsize=6.5 if many else 9, rotation=90 if many else 0)  # fmt: skip
+    names = [s.source if len(s.source) <= NAME_LENGTH else s.source[: NAME_LENGTH - 1] + "…" for s in sources]
+    axes.set_xticks(places, names, rotation=90 if many else 0, fontsize=7.5 if many else 9.5)
+    axes.set_xlim(-0.6, len(sources) - 0.4)
+    axes.set_ylim(0, 1.2 * top)
+    axes.set_ylabel("epochs (estimated)")
+    axes.grid(axis="x", visible=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
