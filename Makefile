@@ -13,7 +13,7 @@ help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## Create .venv with the project and its pinned dependencies
-develop: $(VENV)/.developing  ## The same with trackers, test tools and linters
+develop: $(VENV)/.developing  ## The same with trackers, data preparation, test tools and linters
 
 # Bytecode is made when a module is first used: compiling all of it doubles the installation (2:00 for 1:02).
 # Without build isolation, so that the C++ ops are built against the torch that will load them.
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
-	$(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[train,trackers,dev]'
+	$(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[train,trackers,prep,dev]'
 	@touch $@
 
 quickstart: install  ## Sample corpus, tokenizer, two minutes of training, summary and plot

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import tempfile
 import time
@@ -29,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data_scheduler import DataConfig, Scheduler
 from data_scheduler.blocks import cut
+from data_scheduler.copy_file import Copy, write_copy
 from data_scheduler.encoder import load_encoder
 from data_scheduler.formats.compression import CODECS, decoded
 from data_scheduler.journal import Journal
@@ -109,15 +111,16 @@ def start(folder: Path, kind: str, run: str, more: dict[str, Any]) -> dict[str, 
     """Seconds from nothing to a scheduler, and from there to the first and the following batches of 240 sequences."""
     config = config_of(folder, kind, **more)
     encoder = load_encoder(config.tokenizer)
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), time.process_time()
     scheduler = Scheduler(config, run_dir=folder / run, encoder=encoder)
-    opened = time.perf_counter()
+    opened, opened_cpu = time.perf_counter(), time.process_time()
     next(scheduler)
     first = time.perf_counter()
     for _ in range(4):
         next(scheduler)
     return {
         "start_s": round(opened - begun, 3),
+        "start_cpu_s": round(opened_cpu - begun_cpu, 3),
         "first_batch_s": round(first - opened, 3),
         "next_batches_s": round((time.perf_counter() - first) / 4, 3),
     }
@@ -166,18 +169,18 @@ def million() -> dict[str, float]:
 
 
 def copying(folder: Path) -> dict[str, float]:
-    """MB of text per second of CPU: decompressing alone, and a whole copy; and what it takes on disk."""
-    from data_scheduler.copy_file import Copy, write_copy
-
+    """MB of text per second of CPU: decompressing alone, and a whole copy; and what it takes on disk and in memory."""
     path = next((folder / "large").iterdir())
     begun = time.process_time()
     with open(path, "rb") as file:
         text = sum(len(piece) for piece in decoded(file, CODECS[".zst"]))
     decompressed = time.process_time()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open(path, "rb") as file, open(folder / "copy", "wb") as copy:
         for _ in write_copy(copy, "key", cut(decoded(file, CODECS[".zst"]), 1 << 20, 100_000_000)):
             pass
     copied = time.process_time()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     opened = Copy(folder / "copy", "key")
     for part in range(100):
         for _ in opened.blocks(part, 100):
@@ -186,6 +189,7 @@ def copying(folder: Path) -> dict[str, float]:
         "text_bytes": text,
         "compressed_bytes": path.stat().st_size,
         "copy_bytes": opened.size,
+        "memory_added_bytes": memory << 10,
         "decompress_mb_per_cpu_s": round(text / 1e6 / (decompressed - begun)),
         "copy_mb_per_cpu_s": round(text / 1e6 / (copied - decompressed)),
         "read_copy_mb_per_cpu_s": round(text / 1e6 / (time.process_time() - copied)),

@@ -55,7 +55,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Only the PyTorch face needs torch (2 s to import); everything else works without it.
     if name == "DataScheduler":
-        from data_scheduler.dataset import DataScheduler
-
+        try:
+            from data_scheduler.dataset import DataScheduler
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError(
+                "DataScheduler needs torch, in the build for your device (pip install torch); "
+                "Scheduler gives the same batches as numpy arrays"
+            ) from None
         return DataScheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

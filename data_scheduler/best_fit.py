@@ -50,7 +50,9 @@ class BestFitPacker:
         self._carry = Carry()
         self._window: Stretch | None = None
         if carry.bins:
+            stream.generations = carry.generations
             self._open(carry.width, carry.bins, carry.head)
+            stream.generations = None
             self._carry = carry
 
     @property
@@ -62,6 +64,11 @@ class BestFitPacker:
     def carry(self) -> Carry:
         """How much of the open window was given, and how it was laid out."""
         return self._carry
+
+    @property
+    def reached(self) -> Position:
+        """The end of the open window."""
+        return self._stream.position
 
     def pack(self, row: Int64) -> Segments:
         """The next sequence of the window, then of the next window."""
@@ -99,7 +106,6 @@ class BestFitPacker:
             bins = (end.left + head) // width
             if bins == 0:
                 raise
-            self._stream.rewind(self._start)
             tokens = tokens[: bins * width - head]
             segments = self._stream.take(tokens)
         edges = np.append(segments.starts.astype(np.int64), len(tokens))
@@ -110,7 +116,7 @@ class BestFitPacker:
         self._items, self._ids = [piece.item for piece in pieces], segments.document_ids
         self._cut_at_start = not whole[0]
         self._window = _rearrange(tokens, segments, pieces)
-        self._carry = Carry(0, width, bins, head)
+        self._carry = Carry(0, width, bins, head, self._stream.seen_generations)
         return self._window
 
 

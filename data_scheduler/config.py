@@ -57,6 +57,8 @@ class SourceConfig(StrictModel):
     """Field with a document's own weight in the loss, a number from 0 on; multiplied with `loss_weight`."""
     weight: Share = 1.0
     """Share of tokens under the static policy; shares are normalised over the sources."""
+    watch: bool = False
+    """Look for new files behind `paths` while the run goes on; they join at a journaled step."""
     max_epochs: Annotated[int, Field(ge=1)] | None = None
     """How often each document may be seen at most; once a lane is through, the other sources take over its share."""
     on_error: Literal["skip", "stop"] = "skip"
@@ -123,6 +125,8 @@ class DataConfig(StrictModel):
     deleted when no run uses it; the data does not depend on it."""
     cache_max_bytes: Annotated[int, Field(ge=0)] = 100 << 30
     """Disk space for copies; past it those used longest ago are removed. 0: make none."""
+    watch_every: Annotated[int, Field(ge=1)] = 100
+    """Steps between two looks for new files of sources with `watch`; a file joins once two looks found it the same."""
     policy: PolicyConfig = PolicyConfig()
     """Who sets the mixture weights."""
     fast_tokenizer: bool = True

@@ -28,6 +28,13 @@ from headrace.errors import ConfigError
 TorchBatch = dict[str, torch.Tensor]
 
 
+class _WorkersRefused(ConfigError):
+    """Stays one line when torch raises it again here, with a worker's traceback for an argument."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__("DataScheduler prepares batches itself: use DataLoader(..., batch_size=None, num_workers=0)")
+
+
 class DataScheduler(IterableDataset[TorchBatch]):
     """An endless iterable of packed batches for one data-parallel rank.
 
@@ -61,9 +68,8 @@ class DataScheduler(IterableDataset[TorchBatch]):
     def __iter__(self) -> Iterator[TorchBatch]:
         if get_worker_info() is not None:
             # Worker processes would each hold a copy and repeat the data; the scheduler prefetches in its own thread.
-            raise ConfigError(
-                "DataScheduler prepares batches itself: use DataLoader(..., batch_size=None, num_workers=0)"
-            )
+            # One worker could deliver, but its position would be unknown here, where state_dict() is asked for.
+            raise _WorkersRefused
         return (to_torch(batch) for batch in self.scheduler)
 
     def state_dict(self) -> dict[str, Any]:

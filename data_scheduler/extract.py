@@ -1,5 +1,6 @@
 """From a record's fields to its text: nested keys, templates, filters."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ class Extractor:
         self.text_columns = sorted({field for _, field in self.parts if field} - set(self.filter_fields))
         """Fields that are text whatever they look like, for formats whose types are guessed."""
         self.max_bytes = config.max_document_bytes
+        self._refused: tuple[str, str] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -69,11 +71,19 @@ class Extractor:
         """The reason to reject a record of `size` bytes or more."""
         return f"longer than max_document_bytes={self.max_bytes} ({size} bytes or more)"
 
+    def refusing(self, mark: str, reason: str) -> "Extractor":
+        """As this one, but texts that contain `mark` are rejected for `reason`."""
+        other = copy.copy(self)
+        other._refused = mark, reason
+        return other
+
     def add_document(self, text: str, records: Records, marked: MarkedText | None = None) -> None:
         """Add a text (as `marked`, where given) as a document, or as a reject when it is too long."""
         # A character is at most four bytes; only what may be too long is measured.
         if 4 * len(text) > self.max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > self.max_bytes:
             records.reject(self.too_long(size))
+        elif self._refused is not None and self._refused[0] in text:
+            records.reject(self._refused[1])
         else:
             records.documents.append(text if marked is None else marked)
 

@@ -31,6 +31,7 @@ Kind = Literal[
     "lr_scale",
     "quarantine",
     "source_added",
+    "grown",
     "limits",
     "capped",
     "reject",

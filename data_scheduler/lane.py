@@ -33,6 +33,8 @@ class Position(NamedTuple):
     """Place in the chunk's permuted documents."""
     token: int = 0
     """Token within that document, boundary tokens included."""
+    generations: int = 1
+    """How often the source had got files when the lane began this epoch; later ones are at the end of its chunks."""
 
 
 class ExhaustedError(Exception):
@@ -50,15 +52,22 @@ class LaneStream:
     def __init__(self, reader: SourceReader, lane: int, position: Position) -> None:
         self._reader = reader
         self._lane = lane
+        self.generations: int | None = None
+        """The generations of files this stream sees; None: those that the reader's are at."""
         self.dtype = reader.token_dtype
         self.rewind(position)
 
     def rewind(self, position: Position) -> None:
         """Go on from `position`."""
-        self._epoch, self._cursor, self._document, self._at = position
+        self._epoch, self._cursor, self._document, self._at, self._generations = position
         # `_at` is the place in the stretch of the next token; before one is open, in the document where it will begin.
         self._stretch: Stretch | None = None
         self._chunk: OpenChunk | None = None
+
+    @property
+    def seen_generations(self) -> int:
+        """How often the source has got files by now, for this stream."""
+        return self.generations or self._reader.generations
 
     @property
     def at_document_start(self) -> bool:
@@ -69,15 +78,15 @@ class LaneStream:
     def position(self) -> Position:
         """Where the next token stands."""
         if self._stretch is None:
-            return Position(self._epoch, self._cursor, self._document, self._at)
+            return Position(self._epoch, self._cursor, self._document, self._at, self._generations)
         place = bisect_right(self._stretch.begins, self._at) - 1
         token = self._at - self._stretch.begins[place] + self._stretch.offsets[place]
-        return Position(self._epoch, self._cursor, self._document + place, token)
+        return Position(self._epoch, self._cursor, self._document + place, token, self._generations)
 
     def take(self, out: Int64 | AnyTokens) -> Segments:
         """Fill `out` (integers[n]) with the next n tokens and say which documents are where.
 
-        Raises ExhaustedError when there are fewer left; the stream then stands at its end and `out` is of no use.
+        Raises ExhaustedError when there are fewer left; the stream then stands where it stood and `out` is of no use.
         """
         length = len(out)
         stretch = self._stretch
@@ -88,9 +97,13 @@ class LaneStream:
                 self._compact()
             return segments
         parts: list[tuple[int, Segments]] = []
-        filled = 0
+        filled, before = 0, self.position
         while filled < length:
-            stretch = self._stretch if self._stretch is not None else self._open_next(filled)
+            try:
+                stretch = self._stretch if self._stretch is not None else self._open_next(filled)
+            except ExhaustedError:
+                self.rewind(before)
+                raise
             count = min(length - filled, len(stretch) - self._at)
             out[filled : filled + count], segments = stretch.cut(self._at, count)
             parts.append((filled, segments))
@@ -116,19 +129,21 @@ class LaneStream:
         Raises ExhaustedError, saying how many tokens had been `filled` in, or DataError.
         """
         reader, empty_epochs = self._reader, 0
+        generations = self.seen_generations
         while True:
             if self._chunk is None:
-                if reader.max_epochs is not None and self._epoch >= reader.max_epochs:
-                    raise ExhaustedError(filled)
-                hand = reader.hand(self._epoch, self._lane)
+                hand = reader.hand(self._epoch, self._lane, self._generations, generations)
                 if self._cursor == len(hand):
+                    # At the end of its last epoch a lane stays where it is: new files may still join that epoch.
+                    if reader.max_epochs is not None and self._epoch + 1 >= reader.max_epochs:
+                        raise ExhaustedError(filled)
                     empty_epochs += 1
                     if empty_epochs > EMPTY_EPOCHS:
                         raise DataError(
                             f"source {reader.config.name!r} has too few documents for {reader.lanes} lanes; "
                             "give it more data or lower data.lanes"
                         )
-                    self._epoch, self._cursor = self._epoch + 1, 0
+                    self._epoch, self._cursor, self._generations = self._epoch + 1, 0, generations
                     continue
                 self._chunk = OpenChunk(reader, int(hand[self._cursor]), self._epoch, self._document)
             stretch = self._chunk.encode_group()

@@ -139,9 +139,10 @@ def _open_all(files: Sequence[File], format: str, task: Task) -> tuple[Layouts, 
 
 def _stamped(files: Sequence[File]) -> list[File]:
     """The files with the stamps of URLs, which need a question each."""
+    urls = [file.path for file in files if not file.stamp]
     with ThreadPoolExecutor(THREADS) as pool:
-        stamps = pool.map(lambda file: file.stamp or url_stamp(file.path), files)
-        return [file._replace(stamp=stamp) for file, stamp in zip(files, stamps, strict=True)]
+        stamps = dict(zip(urls, pool.map(url_stamp, urls), strict=True))
+    return [file._replace(stamp=stamps[file.path]) if not file.stamp else file for file in files]
 
 
 def _absolute(path: str) -> str:

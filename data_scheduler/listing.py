@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from headrace.errors import ConfigError
+
 THREADS = 16
 """Threads for looking at files. On a local disk one is as fast; what they are for is the millisecond that a network
 file system or an object store takes to answer."""
@@ -25,7 +27,10 @@ class File(NamedTuple):
 
 
 def local_files(pattern: str, known: Callable[[str], bool]) -> list[File]:
-    """The files behind a path, folder or glob pattern; in folders only those that are `known` by their path."""
+    """The files behind a path, folder or glob pattern; in folders only those that are `known` by their path.
+
+    Raises ConfigError for what cannot be read or be named in the journal.
+    """
     matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     paths = [match for match in matches if not os.path.isdir(match)]
     for match in matches:
@@ -41,9 +46,14 @@ def _stat(paths: list[str]) -> list[File]:
     files = []
     for path in paths:
         try:
+            path.encode()
             state = os.stat(path)
-        except FileNotFoundError:  # a link to nothing, or removed since it was listed
-            continue
+        except UnicodeEncodeError:
+            raise ConfigError(f"{path!r}: the name of the file is not UTF-8; rename it") from None
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not os.path.islink(path):
+                continue  # removed since it was listed
+            raise ConfigError(f"{path}: {error.strerror} (a link that leads nowhere?)") from None
         if stat.S_ISREG(state.st_mode):
             files.append(File(path, state.st_size, str(state.st_mtime_ns)))
     return files

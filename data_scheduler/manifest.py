@@ -14,7 +14,7 @@ from data_scheduler.chunks import TEXT_PER_COMPRESSED_BYTE, Chunk, Piece, cut_pi
 from data_scheduler.config import SourceConfig
 from data_scheduler.formats.records import Unit
 from data_scheduler.layout_index import LayoutIndex, Layouts
-from data_scheduler.listing import BATCH, THREADS
+from data_scheduler.listing import BATCH, THREADS, File
 from data_scheduler.paths import file_kind, is_url, list_files
 from data_scheduler.reading import TOKEN_KINDS, layout_units
 from headrace.errors import DataError
@@ -36,7 +36,11 @@ class Manifest:
 
         Raises ConfigError when there are none, DataError when all are empty.
         """
-        files = list_files(config.paths, f"source {config.name!r}", config.format)
+        return Manifest.of(config, list_files(config.paths, f"source {config.name!r}", config.format), index)
+
+    @staticmethod
+    def of(config: SourceConfig, files: list[File], index: LayoutIndex | None = None) -> "Manifest":
+        """The manifest of these files of a source. Raises DataError when all are empty."""
         if not any(file.size for file in files):
             raise DataError(f"source {config.name!r}: all {len(files)} files are empty ({files[0].path}, …)")
         layouts, problems = (index or LayoutIndex(None)).layouts(files, config.format, f"source {config.name!r}")
@@ -47,6 +51,10 @@ class Manifest:
             layouts[path] = [(1, 0)]
         row_groups = {file.path: layouts[file.path] for file in files if file.path in layouts}
         return Manifest(config.name, [(file.path, file.size) for file in files], row_groups)
+
+    def with_more(self, more: "Manifest") -> "Manifest":
+        """This manifest's files and those of `more` after them."""
+        return Manifest(self.source, self.files + more.files, self.row_groups | more.row_groups)
 
     def to_data(self) -> dict[str, Any]:
         """The manifest as journaled: per folder its files, so that long paths stand there once.

@@ -30,6 +30,8 @@ class Carry(NamedTuple):
     """Sequences the window was laid out for; 0: no window is open."""
     head: int = 0
     """Tokens of the window's first sequence that came from the window before."""
+    generations: int = 0
+    """How often the source had got files when the window was opened."""
 
 
 class Packer(Protocol):
@@ -52,6 +54,11 @@ class Packer(Protocol):
         """
         ...
 
+    @property
+    def reached(self) -> Position:
+        """Where the stream stands: past all that was given, and past what lies ready to be given."""
+        ...
+
     def begun(self) -> Int64:
         """int64[documents]: ids of documents that begin after `position` and of which some tokens were given."""
         ...
@@ -68,6 +75,11 @@ class SplitPacker:
     @property
     def position(self) -> Position:
         """Where the next token stands."""
+        return self._stream.position
+
+    @property
+    def reached(self) -> Position:
+        """The same: nothing lies ready."""
         return self._stream.position
 
     def pack(self, row: Int64) -> Segments:

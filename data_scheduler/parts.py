@@ -8,20 +8,19 @@
 A copy is used for large units (`Chunk.copied`), and for text that turns out larger than it was taken for.
 """
 
+import contextlib
 import itertools
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from data_scheduler.blocks import Block, cut
 from data_scheduler.chunks import Chunk
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.copies import CopyFolder
 from data_scheduler.copy_file import Copy, DamagedCopy
-from data_scheduler.formats import lines, row_parts
+from data_scheduler.formats import columns, lines, row_parts
 from data_scheduler.formats.compression import CODECS, decoded
 from data_scheduler.formats.records import Records, Unit
 from data_scheduler.manifest import Manifest
@@ -80,9 +79,11 @@ class PartReader:
                 return unreadable(error.cause)
         layout = self._row_groups.get(unit.path)
         if layout is not None and chunk.copied:
-            packed = self._copied(chunk)
-            if packed is not None:
-                return row_parts.read(packed[0].data, extractor)
+            # What cannot be copied because it cannot be read is rejected below, where small units are.
+            with contextlib.suppress(_Unreadable):
+                packed = self._copied(chunk)
+                if packed is not None:
+                    return row_parts.read(packed[0].data, extractor)
         whole = self._cache.get((self._config.name, unit), lambda: self._units.read(unit))
         if layout is not None:
             return whole.only(chunk.rows(len(whole.documents)))
@@ -150,9 +151,9 @@ class PartReader:
         lengths = [len(chunk._replace(part=part).rows(total)) for part in range(chunk.parts)]
         try:
             with self._units.open(unit.path) as file:
-                packed = row_parts.pack(file, unit, kind, self._units.extractor.columns, lengths)
+                packed = row_parts.pack(file, unit, kind, self._units.extractor, lengths)
                 yield from itertools.starmap(Block, enumerate(packed))
-        except (OSError, ValueError, IndexError, MemoryError, pa.ArrowException) as error:
+        except (*columns.BROKEN, RuntimeError) as error:
             self._undecodable.add(unit)
             raise _Unreadable(OSError(str(error))) from None
 

@@ -59,10 +59,24 @@ class Cap:
     source: str
     max_epochs: int
     """The limit its lanes reached."""
+    generations: int
+    """How often the source had got files by then."""
     reported: int
     """Step in which the last lane was found to be through."""
     step: int
     """First step without the source."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """New files of a source."""
+
+    step: int
+    """First step whose lanes may reach them."""
+    reported: int
+    """Step after which they were found."""
+    manifest: dict[str, Any]
+    """The files, as a manifest is journaled."""
 
 
 class Plan:
@@ -75,6 +89,8 @@ class Plan:
         """{"seq_len", "global_batch_size"}"""
         self.limits = Timeline()
         """name → max_epochs, None for no limit"""
+        self.grown: dict[str, list[Growth]] = {}
+        """Files that joined a source after it entered the run, in the order of their joining."""
         self.capped: dict[str, Cap] = {}
         """Sources of which every lane has reached its limit."""
         for event in journal.events:
@@ -88,15 +104,31 @@ class Plan:
             self.shape.put(event.step, event.data, event.by)
         elif event.kind == "limits":
             self.limits.put(event.step, event.data["max_epochs"], event.by)
+        elif event.kind == "grown":
+            data = dict(event.data)
+            growth = Growth(event.step, data.pop("reported"), data)
+            self.grown[data["source"]] = [*self.grown.get(data["source"], []), growth]
         elif event.kind == "capped":
             self.capped[event.data["source"]] = Cap(**event.data, step=event.step)
         elif event.kind in ("resumed", "rollback"):
             for timeline in (self.mixture, self.shape, self.limits):
                 timeline.take_back(event.step)
-            # A cap follows from what training reported; a step that was trained before the resumption stays reported.
+            # Caps and growth follow from what was seen at a trained step; before the resumption it stays trained.
+            self.grown = {
+                name: [growth for growth in all_of if growth.reported < event.step]
+                for name, all_of in self.grown.items()
+            }
             self.capped = {name: cap for name, cap in self.capped.items() if cap.reported < event.step}
 
     def is_capped(self, source: str, step: int) -> bool:
         """Whether the source gives nothing at `step` because it has reached the limit that holds there."""
         cap = self.capped.get(source)
-        return cap is not None and cap.step <= step and self.limits.at(step).get(source) == cap.max_epochs
+        if cap is None or cap.step > step:
+            return False
+        return (self.limits.at(step) or {}).get(source) == cap.max_epochs and self.generations(
+            source, step
+        ) == cap.generations
+
+    def generations(self, source: str, step: int) -> int:
+        """How often the source has got files by `step`: 1 and its growths so far."""
+        return 1 + sum(growth.step <= step for growth in self.grown.get(source, []))

@@ -76,7 +76,9 @@ def trace(run_dir: str | Path, step: int, slot: int | None = None) -> list[Trace
     batch = next(iter(replay(run_dir, step, step)))
     if slot is not None and not 0 <= slot < len(batch.slots):
         raise ConfigError(f"slot {slot}: step {step} has slots 0 to {len(batch.slots) - 1}")
-    readers = open_run(run_dir).readers
+    scheduler = open_run(run_dir)
+    scheduler.see_files_of(step)
+    readers = scheduler.readers
     rows = range(len(batch.slots)) if slot is None else [slot]
     return [document for row in rows for document in _trace_row(batch, row, readers)]
 
@@ -120,15 +122,9 @@ class LedgerRow(NamedTuple):
 
 def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[LedgerRow]]:
     """(step, one row per source), exact after `step` steps; by default at the newest kept state."""
-    snapshots = Snapshots(run_dir)
-    scheduler = open_run(run_dir)
-    kept = snapshots.steps()
+    kept = Snapshots(run_dir).steps()
     at = step if step is not None else (kept[-1] if kept else 0)
-    state = snapshots.nearest(at)
-    if state is not None:
-        scheduler.load_state_dict(state)
-    while scheduler.state_dict()["step"] < at:
-        next(scheduler)
+    scheduler = _at_step(run_dir, at)
     state = scheduler.state_dict()
     asked = _asked(scheduler.plan, scheduler.names, at)
     given = np.asarray(state["given"]).sum(axis=0)
@@ -145,10 +141,42 @@ def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[Ledg
                 asked[number],
                 sequences / total,
                 _epochs(reader, [position for position, _ in places]),
-                _documents_seen(reader, places, scheduler.config.packing),
+                _documents_seen(reader, places, scheduler.config.packing, _joined(run_dir, scheduler, number, at)),
             )
         )
     return at, rows
+
+
+def _at_step(run_dir: str | Path, step: int) -> Scheduler:
+    """A replaying scheduler that has given `step` steps."""
+    scheduler = open_run(run_dir)
+    state = Snapshots(run_dir).nearest(step)
+    if state is not None:
+        scheduler.load_state_dict(state)
+    while scheduler.state_dict()["step"] < step:
+        next(scheduler)
+    scheduler.see_files_of(step)
+    return scheduler
+
+
+def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -> list[list[int]]:
+    """Per joining of new files before `step`, the epoch that each lane's stream was in: new chunks are in that one and
+    those after it."""
+    name, packing = scheduler.names[source], PACKERS[scheduler.config.packing]
+    joined = []
+    for growth in scheduler.plan.grown.get(name, []):
+        if growth.step < step:
+            then = _at_step(run_dir, growth.step)
+            reader = then.readers[source]
+            places = [then.place(lane, source) for lane in range(then.config.lanes)]
+            streams = [(LaneStream(reader, lane, position), carry) for lane, (position, carry) in enumerate(places)]
+            joined.append(
+                [
+                    packing(*opened).reached.epoch if opened[1].bins > 0 else opened[0].position.epoch
+                    for opened in streams
+                ]
+            )
+    return joined
 
 
 def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
@@ -165,20 +193,24 @@ def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
 
 def _epochs(reader: SourceReader, positions: list[Position]) -> float:
     done = 0.0
-    for lane, (epoch, cursor, _, _) in enumerate(positions):
-        done += epoch + cursor / max(1, len(reader.hand(epoch, lane)))
+    for lane, position in enumerate(positions):
+        hand = reader.hand(position.epoch, lane, position.generations, reader.generations)
+        done += position.epoch + position.cursor / max(1, len(hand))
     return done / len(positions)
 
 
-def _documents_seen(reader: SourceReader, places: list[tuple[Position, Carry]], packing: str) -> list[int]:
+def _documents_seen(
+    reader: SourceReader, places: list[tuple[Position, Carry]], packing: str, joined: list[list[int]]
+) -> list[int]:
     """How many documents were seen 0, 1, 2, … times. Reads every chunk once."""
     documents = [reader.records(chunk)[1] for chunk in range(len(reader.chunks))]
     seen = [np.zeros(len(ordinals), dtype=np.int64) for ordinals in documents]
     for lane, (position, carry) in enumerate(places):
         for past in range(position.epoch):
-            for chunk in reader.hand(past, lane).tolist():
-                seen[chunk] += 1
-        hand = reader.hand(position.epoch, lane).tolist()
+            for chunk in reader.hand(past, lane, 1, reader.generations).tolist():
+                generation = reader.generation_of(chunk)
+                seen[chunk] += generation == 0 or past >= joined[generation - 1][lane]
+        hand = reader.hand(position.epoch, lane, position.generations, reader.generations).tolist()
         for chunk in hand[: position.cursor]:
             seen[chunk] += 1
         if position.cursor < len(hand):

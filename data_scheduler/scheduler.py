@@ -15,7 +15,6 @@ lanes 0 and 2, rank 1 those of 1 and 3. With DP = 1 one rank packs all four, the
 """
 
 import os
-import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,12 +30,15 @@ from data_scheduler.identity import check_same_run, sample_texts
 from data_scheduler.journal import Event, Journal, Kind
 from data_scheduler.lane import ExhaustedError, LaneStream, Position
 from data_scheduler.layout_index import LayoutIndex
+from data_scheduler.listing import File
+from data_scheduler.loader import Loader, Stopped
 from data_scheduler.manifest import Manifest, check_unchanged
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
 from data_scheduler.order import Int64
 from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry, Packer
-from data_scheduler.plan import Plan
+from data_scheduler.paths import list_files
+from data_scheduler.plan import Growth, Plan
 from data_scheduler.policies import Feedback, make_policy
 from data_scheduler.source import SourceReader
 from data_scheduler.state import EXHAUSTED, State, Touched
@@ -73,11 +75,14 @@ class Scheduler:
         journal: Journal | None = None,
         encoder: Encoder | None = None,
         replaying: bool = False,
+        watch: bool | None = None,
     ) -> None:
         """Open the sources, or those of the journal in `run_dir` when there is one.
 
         Rank 0 writes the journal; other ranks must be made after rank 0's so that they read its manifests. With
-        `replaying` the journal alone decides and nothing is added to it. Raises ConfigError, LayoutError or DataError.
+        `replaying` the journal alone decides and nothing is added to it. Sources with `watch` are looked after here
+        when there is one rank (`watch` overrides that); with several, hand what `new_files` finds on one of them to
+        `grow` on all. Raises ConfigError, LayoutError or DataError.
         """
         check_layout(config, dp_rank, dp_size)
         self._replaying = replaying
@@ -91,10 +96,10 @@ class Scheduler:
         begun_with = None if fresh else journal.events[0].data["data"]["chunk_bytes"]
         self.config = config = config.model_copy(update={"chunk_bytes": begun_with or config.settled_chunk_bytes})
         known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
-        for manifest in known.values():
+        for manifest in [*known.values(), *(Manifest.from_data(event.data) for event in journal.of("grown"))]:
             check_unchanged(manifest)
-        index = LayoutIndex(config.cache_folder() / "index.sqlite")
-        new = {source.name: Manifest.take(source, index) for source in config.sources if source.name not in known}
+        self._index = LayoutIndex(config.cache_folder() / "index.sqlite")
+        new = {source.name: Manifest.take(source, self._index) for source in config.sources if source.name not in known}
         manifests = known | new
         self.encoder = encoder or load_encoder(
             config.tokenizer, fast=config.fast_tokenizer, samples=sample_texts(config, manifests)
@@ -112,7 +117,13 @@ class Scheduler:
             self.readers.append(SourceReader(source, manifests[source.name], config, self.encoder, cache))
         initial = {source.name: source.weight for source in config.sources}
         self._policy = make_policy(config.policy.kind, config.policy.options, initial)
-        listening = self._policy.uses_feedback or any(source.max_epochs for source in config.sources)
+        self._watched = [source for source in config.sources if source.watch]
+        self._watches_itself = dp_size == 1 if watch is None else watch
+        self._last_look: dict[str, dict[str, File]] = {}
+        self._grown: dict[str, list[Growth]] = {}
+        listening = (
+            self._policy.uses_feedback or bool(self._watched) or any(source.max_epochs for source in config.sources)
+        )
         if listening and config.policy.horizon <= config.prefetch:
             raise ConfigError(
                 f"data.policy.horizon: {config.policy.horizon} must be larger than data.prefetch ({config.prefetch})"
@@ -121,7 +132,7 @@ class Scheduler:
         self._consumed = State.fresh(config.lanes, self.names)
         self._reported: dict[int, Feedback] = {}
         self._report_arrived = threading.Condition()
-        self._loader: _Loader | None = None
+        self._loader: Loader[_Produced] | None = None
         self._rewind()
 
     # -- consuming -----------------------------------------------------------------------------------------------
@@ -137,13 +148,47 @@ class Scheduler:
             produced = self._produce()
         else:
             if self._loader is None:
-                self._loader = _Loader(self._produce, self.config.prefetch)
+                self._loader = Loader(self._produce, self.config.prefetch)
             produced = self._loader.get()
         produced.batch.wait_s = time.perf_counter() - began
         self._consumed.consume(produced.touched, produced.owed, produced.batch_size, produced.width)
         self._consumed.policy, self._consumed.wanted = produced.policy, produced.wanted
         self._consumed.keep_feedback_from(self._consumed.step - self.config.policy.horizon)
+        if self._watched and self._watches_itself and not self._replaying and self.is_time_to_look:
+            self.grow(self.new_files())
         return produced.batch
+
+    @property
+    def is_time_to_look(self) -> bool:
+        """Whether new files are due to be looked for, after the batch given last."""
+        return bool(self._watched) and self._consumed.step % self.config.watch_every == 0
+
+    def new_files(self) -> dict[str, dict[str, Any]]:
+        """Files behind the paths of watched sources that are in no manifest yet, by source, as `grow` wants them.
+
+        A file counts once two looks in a row found it with the same size and time: one that is still being written
+        waits for the next. Raises ConfigError or DataError.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for source in self._watched:
+            reader = self.readers[self.names.index(source.name)]
+            known = {path for path, _ in reader.manifest.files}
+            for growth in self.plan.grown.get(source.name, []):
+                known |= {path for path, _ in Manifest.from_data(growth.manifest).files}
+            files = list_files(source.paths, f"source {source.name!r}", source.format)
+            look = {file.path: file for file in files if file.path not in known and file.size}
+            before = self._last_look.get(source.name, {})
+            ready = [file for path, file in look.items() if before.get(path) == file]
+            self._last_look[source.name] = look
+            if ready:
+                found[source.name] = Manifest.of(source, ready, self._index).to_data()
+        return found
+
+    def grow(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Let the files of `new_files` join from `horizon` steps after the batch given last; every rank must."""
+        for name in sorted(found):
+            data = {**found[name], "reported": self._consumed.step - 1}
+            self._record("grown", self._consumed.step - 1 + self.config.policy.horizon, data, "system")
 
     def feedback(
         self,
@@ -160,8 +205,9 @@ class Scheduler:
         for name in exhausted:
             limit = self.plan.limits.at(step).get(name)
             known = self.plan.capped.get(name)
-            if limit is not None and (known is None or known.max_epochs != limit):
-                data = {"source": name, "max_epochs": limit, "reported": step}
+            seen = self.plan.generations(name, step)
+            if limit is not None and (known is None or (known.max_epochs, known.generations) != (limit, seen)):
+                data = {"source": name, "max_epochs": limit, "generations": seen, "reported": step}
                 self._record("capped", step + self.config.policy.horizon, data, "system")
         report = Feedback(step, dict(source_loss), dict(source_tokens))
         self._consumed.feedback.append(report)
@@ -187,6 +233,10 @@ class Scheduler:
         """Where consumption stands in one of this rank's lanes."""
         return self._consumed.place(lane, source)
 
+    def see_files_of(self, step: int) -> None:
+        """Make the readers see the files and limits of `step`, for looking at chunks without preparing a batch."""
+        self._apply_limits(step)
+
     def close(self) -> None:
         """Stop the loader thread."""
         if self._loader is not None:
@@ -208,7 +258,8 @@ class Scheduler:
         self._mixer.owed = self._consumed.owed.copy()
         self._packers: dict[tuple[int, int], Packer] = {}
         self._places = self._consumed.copy()
-        self._limits: Mapping[str, int | None] = {}
+        self._limits: Mapping[str, int | None] | None = None
+        self._generations: list[int] = []
         self._policy.load_state_dict(self._consumed.policy)
         self._wanted = dict(self._consumed.wanted)
         self._shares_of: Mapping[str, float] = {}
@@ -261,7 +312,8 @@ class Scheduler:
                 try:
                     segments = packer.pack(row)
                 except ExhaustedError:
-                    reached = Carry(width=self.readers[source].max_epochs or 0, bins=EXHAUSTED)
+                    reader = self.readers[source]
+                    reached = Carry(width=reader.max_epochs or 0, bins=EXHAUSTED, generations=reader.generations)
                     touched.append(Touched(lane, source, packer.position, reached))
                     self._places.positions[lane, source] = packer.position + reached
                     self._packers.pop((lane, source))
@@ -308,15 +360,22 @@ class Scheduler:
         return through
 
     def _apply_limits(self, step: int) -> None:
-        """Make the readers keep the limits that hold at `step`, and find the lanes that have reached them."""
+        """Let the readers see the files and keep the limits of `step`, and find the lanes that are through."""
         limits = self.plan.limits.at(step) or {}
-        if limits == self._limits:
+        seen = [self.plan.generations(name, step) for name in self.names]
+        if limits == self._limits and seen == self._generations:
             return
-        self._limits = limits
-        for reader, name in zip(self.readers, self.names, strict=True):
-            reader.max_epochs = limits.get(name)
-        carries = self._places.positions[:, :, 4:]
-        through = (carries[:, :, 2] == EXHAUSTED) & (carries[:, :, 1] == [limits.get(name) or 0 for name in self.names])
+        self._limits, self._generations = limits, seen
+        for reader, name, generations in zip(self.readers, self.names, seen, strict=True):
+            grown = self.plan.grown.get(name, [])
+            if grown != self._grown.get(name, []):
+                self._grown[name] = grown
+                reader.grow([Manifest.from_data(growth.manifest) for growth in grown])
+            reader.generations, reader.max_epochs = generations, limits.get(name)
+        carries = self._places.positions[:, :, len(Position._fields) :]
+        through = carries[:, :, Carry._fields.index("bins")] == EXHAUSTED
+        through &= carries[:, :, Carry._fields.index("width")] == [limits.get(name) or 0 for name in self.names]
+        through &= carries[:, :, Carry._fields.index("generations")] == seen
         own = np.arange(self.config.lanes) % self._dp_size == self._dp_rank
         self._sources_through = {(lane, source) for lane, source in np.argwhere(through & own[:, None]).tolist()}
 
@@ -367,7 +426,7 @@ class Scheduler:
             for number in range(max(0, self._heard + 1), last + 1):
                 self._report_arrived.wait_for(lambda number=number: number in self._reported or self._stopping())  # type: ignore[misc]
                 if self._stopping():
-                    raise _Stopped
+                    raise Stopped
                 heard.append(self._reported.pop(number))
         self._heard = last
         return heard
@@ -413,48 +472,6 @@ class Scheduler:
                 if not fresh:
                     self.journal.append("source_added", step, {"source": source.model_dump(mode="json")}, "config")
                 self.journal.append("manifest", step, new[source.name].to_data(), "system")
-
-
-class _Stopped(Exception):
-    """Raised inside the loader thread to leave a wait when the scheduler is closed."""
-
-
-class _Loader:
-    """A thread that keeps up to `depth` produced batches ready."""
-
-    def __init__(self, produce: Any, depth: int) -> None:
-        self.stopping = threading.Event()
-        self._produce = produce
-        self._ready: queue.Queue[_Produced | BaseException] = queue.Queue(maxsize=depth)
-        self._thread = threading.Thread(target=self._run, name="headrace-loader", daemon=True)
-        self._thread.start()
-
-    def get(self) -> _Produced:
-        """The next batch; raises what producing it raised."""
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._ready.put(item)  # a consumer that asks again is told again
-            raise item
-        return item
-
-    def stop(self) -> None:
-        """End the thread; what it had prepared is dropped."""
-        self.stopping.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.01)
-            except queue.Empty:
-                continue
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while not self.stopping.is_set():
-                self._ready.put(self._produce())
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._ready.put(error)
 
 
 def check_layout(config: DataConfig, dp_rank: int, dp_size: int) -> None:

@@ -1,6 +1,9 @@
 """What all lanes of one source share: chunks, their dealing per epoch, reading, and the accounting of rejects."""
 
+import itertools
+from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,37 +44,71 @@ class SourceReader:
     ) -> None:
         """Raises ConfigError when the source has no data."""
         self.config = config
-        self.manifest = manifest
-        self.chunks = manifest.chunks(config, data.settled_chunk_bytes, data.lanes)
-        if not self.chunks:
-            raise ConfigError(f"source {config.name!r} has no data")
         self.encoder = encoder
         self.token_dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
         self.document_start, self.document_end = boundary_tokens(data, encoder)
         self.max_epochs = config.max_epochs
         """Epochs after which lanes stop giving this source; the scheduler sets it to what the journal says."""
-        units = UnitReader(config, encoder.eos_id, encoder.vocab_size, dict(manifest.files))
-        self._parts = PartReader(config, manifest, data, units, cache)
+        self.generations = 1
+        """How often the source has got files by the step being prepared; the scheduler sets it."""
         self.seed = data.seed
         self.lanes = data.lanes
         self.rejects: list[RejectedRecord] = []
         """Newly met rejects, in the order met; the scheduler empties it into each batch."""
-        self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
+        self._data, self._cache = data, cache
         self._hands: OrderedDict[int, list[Int64]] = OrderedDict()
         self._records_read = 0
         self._records_rejected = 0
+        self._last_reject: RejectedRecord | None = None
+        self._original = manifest
+        self.grow([])
+        if not self.chunks:
+            raise ConfigError(f"source {config.name!r} has no data")
 
-    def hand(self, epoch: int, lane: int) -> Int64:
-        """The lane's chunks of an epoch, in order, int64[…]."""
+    def grow(self, more: Sequence[Manifest]) -> None:
+        """Take `more` for the files that joined the source after it entered the run, in the order of their joining."""
+        self.manifest, self.chunks = self._original, []
+        self._firsts = [0]
+        for number, manifest in enumerate([self._original, *more]):
+            self.manifest = self.manifest.with_more(manifest) if number else manifest
+            self.chunks += manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes)
+            self._firsts.append(len(self.chunks))
+        units = UnitReader(self.config, self.encoder.eos_id, self.encoder.vocab_size, dict(self.manifest.files))
+        self._parts = PartReader(self.config, self.manifest, self._data, units, self._cache)
+        self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
+        self._hands.clear()
+
+    def generation_of(self, chunk: int) -> int:
+        """0 for a chunk that was there when the source entered the run, n for one that joined with the n-th growth."""
+        return bisect_right(self._firsts, chunk) - 1
+
+    def hand(self, epoch: int, lane: int, began_with: int = 1, now: int = 1) -> Int64:
+        """The lane's chunks of an epoch, in order, int64[…].
+
+        When the lane began the epoch, the source had got files `began_with` times, `now` times by now. What was there
+        is shuffled together; what joined since is at the end. Each joining is dealt after those before it, so an epoch
+        deals what was there the same way whatever joins later, and lanes stay within one chunk of each other.
+        """
         if epoch not in self._hands:
-            order = permutation(len(self.chunks), self.seed, "chunks", self.config.name, epoch)
+            joined = [
+                first
+                + permutation(stop - first, self.seed, "chunks", self.config.name, epoch, *([number] if number else []))
+                for number, (first, stop) in enumerate(itertools.pairwise(self._firsts))
+            ]
             lanes = permutation(self.lanes, self.seed, "lanes", self.config.name, epoch)
-            self._hands[epoch] = deal(self._sizes, order, lanes)
+            self._hands[epoch] = deal(self._sizes, np.concatenate(joined), lanes)
             # Lanes of a large source are an epoch apart at most; those of one with few documents drift far apart, and a
             # dealing of 500 chunks costs as much as 100 sequences.
             while len(self._hands) > max(3, HANDS_CHUNKS // len(self.chunks)):
                 self._hands.popitem(last=False)
-        return self._hands[epoch][lane]
+        whole = self._hands[epoch][lane]
+        if len(self._firsts) == 2:
+            return whole
+        began = whole[whole < self._firsts[began_with]]
+        if began_with > 1:
+            began = began[permutation(len(began), self.seed, "hand", self.config.name, epoch, lane)]
+        since = whole[(whole >= self._firsts[began_with]) & (whole < self._firsts[now])]
+        return np.concatenate([began, since])
 
     def order(self, chunk: int, documents: int, epoch: int) -> Int64:
         """In which order an epoch takes the chunk's documents: a permutation of their numbers, int64[documents]."""
@@ -116,14 +153,15 @@ class SourceReader:
             number, within = self.record_number(chunk, records, reject.record)
             where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
             self.rejects.append(RejectedRecord(self.config.name, path, where, reject.reason))
+            self._last_reject = self.rejects[-1]
         if records.rejects and self.config.on_error == "stop":
             first = self.rejects[-len(records.rejects)]
             raise DataError(
                 f"source {first.source!r}: {first.file}, record {first.record}: {first.reason} (on_error is `stop`)"
             )
         limit = self.config.max_reject_fraction
-        if self._records_read >= REJECT_GRACE and self._records_rejected > limit * self._records_read:
-            last = self.rejects[-1]
+        last = self._last_reject  # `rejects` may have been handed over since
+        if last and self._records_read >= REJECT_GRACE and self._records_rejected > limit * self._records_read:
             raise DataError(
                 f"source {last.source!r}: {self._records_rejected} of {self._records_read} records rejected, past "
                 f"max_reject_fraction={limit:g}; the last: {last.file}, record {last.record}: {last.reason}"

@@ -1,7 +1,7 @@
 """Where a run stands in its data: a few integers per (lane, source), whatever was consumed.
 
-Eight int32 say where a lane stands in a source and two int64 what it gave: 48 bytes a pair; a run of 240 lanes and 50
-sources has 576 KB.
+Ten int32 say where a lane stands in a source and two int64 what it gave: 56 bytes a pair; a run of 240 lanes and 50
+sources has 672 KB.
 """
 
 import json
@@ -26,6 +26,16 @@ EXHAUSTED = -1
 """In the place of `Carry.bins`: the lane is through with the source; `Carry.width` is the `max_epochs` it reached."""
 
 
+PLACE = len(Position._fields) + len(Carry._fields)
+
+
+def _beginnings(lanes: int, sources: int) -> Int32:
+    """int32[lanes, sources, PLACE]: every lane at the beginning of every source."""
+    beginnings = np.empty((lanes, sources, PLACE), dtype=np.int32)
+    beginnings[:] = Position() + Carry()
+    return beginnings
+
+
 class Touched(NamedTuple):
     """A lane's new position in a source."""
 
@@ -45,7 +55,7 @@ class State:
     sequences: int
     """Sequences delivered, over all ranks."""
     positions: Int32
-    """int32[lanes, sources, 8]: a `Position`, then a `Carry`; rows of other ranks' lanes are not kept up to date."""
+    """int32[lanes, sources, 10]: a `Position`, then a `Carry`; rows of other ranks' lanes are not kept up to date."""
     given: Int64
     """int64[lanes, sources, 2]: sequences and tokens delivered; rows of other ranks' lanes likewise."""
     owed: Int64
@@ -60,7 +70,7 @@ class State:
     @staticmethod
     def fresh(lanes: int, names: list[str]) -> "State":
         """The state of a run that has not begun."""
-        positions = np.zeros((lanes, len(names), 8), dtype=np.int32)
+        positions = _beginnings(lanes, len(names))
         given = np.zeros((lanes, len(names), 2), dtype=np.int64)
         return State(names, 0, 0, positions, given, np.zeros(len(names), dtype=np.int64))
 
@@ -68,8 +78,8 @@ class State:
         """Count one step as delivered: `batch` sequences over all ranks, of `width` tokens each."""
         sources = len(self.names)
         places = [lane * sources + source for lane, source, _, _ in touched]
-        rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32).reshape(-1, 8)
-        self.positions.reshape(-1, 8)[places] = rows  # of a pair that was touched twice the last place stays
+        rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32).reshape(-1, PLACE)
+        self.positions.reshape(-1, PLACE)[places] = rows  # of a pair that was touched twice the last place stays
         given = [place for place, (*_, carry) in zip(places, touched, strict=True) if carry.bins != EXHAUSTED]
         np.add.at(self.given.reshape(-1, 2), given, (1, width))
         self.owed = owed
@@ -83,7 +93,7 @@ class State:
     def place(self, lane: int, source: int) -> tuple[Position, Carry]:
         """Where a lane stands in a source."""
         row = self.positions[lane, source].tolist()
-        return Position(*row[:4]), Carry(*row[4:])
+        return Position(*row[:5]), Carry(*row[5:])
 
     def keep_feedback_from(self, step: int) -> None:
         """Forget reports before `step`; the policy has them in its own state."""
@@ -129,7 +139,7 @@ class State:
             names,
             int(state["step"]),
             int(state["sequences"]),
-            np.concatenate([positions, np.zeros((lanes, new, 8), dtype=np.int32)], axis=1),
+            np.concatenate([positions, _beginnings(lanes, new)], axis=1),
             np.concatenate([given, np.zeros((lanes, new, 2), dtype=np.int64)], axis=1),
             np.concatenate([np.asarray(state["owed"], dtype=np.int64), pad]),
             dict(state["policy"]),

@@ -2,6 +2,7 @@
 
     docs/configuration.md   from the pydantic models of `pretrain.config`
     docs/metrics.md         from the list in `pretrain.metrics.registry`
+    docs/preparation.md     from the pydantic models of `data_scheduler.prep.config`
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
@@ -12,8 +13,9 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from data_scheduler.prep.config import InputConfig, LocalExecutor, PrepConfig, SlurmExecutor, Step
 from pretrain.config import RunConfig
 from pretrain.metrics.registry import METRICS
 
@@ -35,6 +37,12 @@ headrace config schema                                        # JSON schema; edi
 
 An unknown key, a wrong type or an impossible value is refused in one line that names the key, and the nearest valid key
 where there is one. Keys without a default must be given. `[n]` stands for an item of a list.
+"""
+
+PREPARATION = f"""{NOTE}
+# Configuration of `headrace data prep`
+
+One YAML file; [Prepare data](how-to/prepare-data.md) shows one at work. Everything but `executor` decides the output.
 """
 
 METRIC_PAGE = f"""{NOTE}
@@ -111,6 +119,32 @@ def _type(place: Schema) -> str:
     return " ".join([name[place["type"]], ", ".join(limits)]).strip()
 
 
+def preparation() -> str:
+    """The page about every key of a preparation's configuration."""
+    steps = [
+        (f"kind: {step.model_fields['kind'].annotation.__args__[0]}", step) for step in get_args(get_args(Step)[0])
+    ]
+    executors = [("executor: `kind: local`", LocalExecutor), ("executor: `kind: slurm`", SlurmExecutor)]
+    parts = [PREPARATION]
+    models = [("The file", PrepConfig), ("`input`", InputConfig), *((f"steps: `{kind}`", step) for kind, step in steps)]
+    for title, model in [*models, *executors]:
+        schema = model.model_json_schema()
+        parts.append(f"## {title}\n")
+        parts.append(f"{_one_line(schema['description'])}\n")
+        rows = []
+        for key, place in schema["properties"].items():
+            inner = place.get("items", place)
+            section = (
+                ("list of sections" if inner is not place else "section") if {"$ref", "oneOf"} & set(inner) else None
+            )
+            default = "" if key in schema.get("required", ()) or section else f"`{json.dumps(place.get('default'))}`"
+            if key != "kind":
+                rows.append((f"`{key}`", section or _type(place), default, place.get("description", "")))
+        if rows:
+            parts.append(_table(("key", "type", "default", "meaning"), rows))
+    return "\n".join(parts)
+
+
 def metrics() -> str:
     """The page about every value in `metrics.jsonl`."""
     rows = [
@@ -171,7 +205,12 @@ def _facts(result: Schema) -> str:
     )
 
 
-PAGES = {"configuration.md": configuration, "metrics.md": metrics, "data_speed.md": data_speed}
+PAGES = {
+    "configuration.md": configuration,
+    "metrics.md": metrics,
+    "preparation.md": preparation,
+    "data_speed.md": data_speed,
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

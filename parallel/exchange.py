@@ -70,6 +70,14 @@ def only_first_rank(act: Callable[[], None], rank: int) -> None:
         _hear(process_groups.broadcast_object(None))
 
 
+def from_first_rank(make: Callable[[], T], rank: int) -> T:
+    """What `make()` gives on rank 0, on every rank; its HeadraceError or OSError is raised on every rank."""
+    made: list[T] = []
+    only_first_rank(lambda: made.append(make()), rank)
+    result: T = made[0] if dist.get_world_size() == 1 else process_groups.broadcast_object(made[0] if made else None)
+    return result
+
+
 def agree(act: Callable[[], T]) -> T:
     """`act()` on every rank at once; when it raises a HeadraceError or OSError on any, every rank raises that one."""
     problem: Exception | None = None

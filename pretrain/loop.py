@@ -158,6 +158,8 @@ class Run:
         result = train_step(self.state, microbatches, lr)
         losses, tokens = self._by_source(result)
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
+        if self.scheduler.is_time_to_look:
+            self.scheduler.grow(exchange.from_first_rank(self.scheduler.new_files, self.ranks.rank))
         self.done = checkpoint.Progress(batch.step + 1, self.done.tokens + sum(tokens.values()))
         sha256 = self._global_hash(batch)
         took = time.perf_counter() - began
@@ -267,7 +269,8 @@ class Run:
 
     def _open_scheduler(self) -> Scheduler:
         journal = Journal(self.run_dir / "journal.jsonl", writable=self.ranks.rank == 0)
-        return Scheduler(self.config.data, dp_rank=self.ranks.dp_rank, dp_size=self.ranks.dp_size, journal=journal)
+        ranks = self.ranks
+        return Scheduler(self.config.data, dp_rank=ranks.dp_rank, dp_size=ranks.dp_size, journal=journal, watch=False)
 
     def _open_sinks(self) -> list[Sink]:
         if self.ranks.rank:

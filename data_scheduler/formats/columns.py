@@ -4,7 +4,8 @@ An Arrow *file* (feather) says where its batches are; an Arrow *stream* (what `d
 beginning up to the batches asked for.
 """
 
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable
 from typing import IO, Any
 
 import pyarrow as pa
@@ -18,6 +19,8 @@ from data_scheduler.formats.records import Records, Unit
 Layout = list[tuple[int, int]]
 """(rows, bytes of text) of every row group or record batch."""
 ARROW_FILE = b"ARROW1"
+BROKEN = (pa.ArrowException, ValueError, LookupError, MemoryError, OSError, NotImplementedError, StopIteration)
+"""What pyarrow raises for damaged files; UnicodeDecodeError is a ValueError."""
 THRIFT_BYTES = 64 << 20
 """Most bytes, and entries, of anything a parquet footer describes: a damaged length must not ask for gigabytes."""
 
@@ -30,19 +33,30 @@ def parquet_layout(file: IO[bytes]) -> Layout:
 
 
 def arrow_layout(file: IO[bytes]) -> Layout:
-    """Raises OSError or pa.ArrowInvalid for a broken file."""
-    return [(batch.num_rows, batch.nbytes) for batch in batches(file, 0, None)]
+    """A damaged batch counts as one record without text: reading it gives one reject. Raises as `parquet_layout`."""
+    batches = Batches(file)
+    layout: Layout = []
+    while batches.left:
+        try:
+            batch = batches.next()
+        except BROKEN:
+            layout.append((1, 0))
+            continue
+        if batch is not None:
+            layout.append((batch.num_rows, batch.nbytes))
+    return layout
 
 
 def read_parquet(file: IO[bytes], unit: Unit, extractor: Extractor) -> Records:
     """The rows of the unit's row groups. Raises OSError."""
 
     def load() -> pa.Table:
+        size = file.seek(0, io.SEEK_END)
         parquet = open_parquet(file)
         names = parquet.schema_arrow.names
         wanted = extractor.columns if set(extractor.columns) <= set(names) else names
         for index in range(unit.start, unit.stop):
-            refuse_bomb(parquet.metadata.row_group(index))
+            refuse_bomb(parquet.metadata.row_group(index), size)
         return parquet.read_row_groups(range(unit.start, unit.stop), columns=wanted, use_threads=False)
 
     return _read(load, extractor)
@@ -50,7 +64,16 @@ def read_parquet(file: IO[bytes], unit: Unit, extractor: Extractor) -> Records:
 
 def read_arrow(file: IO[bytes], unit: Unit, extractor: Extractor) -> Records:
     """The rows of the unit's record batches. Raises OSError."""
-    return _read(lambda: pa.Table.from_batches(list(batches(file, unit.start, unit.stop))), extractor)
+
+    def load() -> pa.Table:
+        batches = Batches(file)
+        batches.skip(unit.start)
+        found = [batches.next() for _ in range(unit.start, unit.stop)]
+        if None in found:
+            raise pa.ArrowInvalid("the stream has fewer batches than when the source entered the run")
+        return pa.Table.from_batches(found)
+
+    return _read(load, extractor)
 
 
 def add_table(table: pa.Table, extractor: Extractor, records: Records) -> None:
@@ -62,7 +85,7 @@ def add_table(table: pa.Table, extractor: Extractor, records: Records) -> None:
         return
     missing = [column for column in extractor.columns if column not in names]
     if missing:
-        records.reject(f"no column {missing[0]!r} (columns: {', '.join(names)})")
+        records.reject(f"no column {missing[0]!r} (columns: {', '.join(names[:20])})")
         return
     twice = [column for column in extractor.columns if names.count(column) > 1]
     if twice:
@@ -83,24 +106,32 @@ def add_table(table: pa.Table, extractor: Extractor, records: Records) -> None:
 def _read(load: Callable[[], pa.Table], extractor: Extractor) -> Records:
     records = Records()
     try:
-        table = load()
-        # A damaged offset would send the reading of a value outside its buffer.
-        table.validate(full=False)
-        check(table)
-    except (pa.ArrowException, UnicodeDecodeError, MemoryError, ValueError, IndexError, OSError) as error:
-        records.reject(f"not readable: {(str(error) or type(error).__name__).splitlines()[0]}")
+        table = checked(load())
+    except BROKEN as error:
+        records.reject(f"not readable: {str(error) or type(error).__name__}")
         return records
     add_table(table, extractor, records)
     return records
 
 
-def check(table: pa.Table) -> None:
-    """Arrow's full validation, except that text which is not UTF-8 is left to be rejected value by value."""
-    try:
-        table.validate(full=True)
-    except pa.ArrowInvalid as error:
-        if "UTF8" not in str(error):
-            raise
+def checked(table: Any) -> Any:
+    """The table or batch, safe to read. Raises ArrowInvalid where a value could lie outside its buffer: Arrow itself
+    checks nothing, and reading such a value, or even asking for `nbytes`, ends the process.
+
+    Text that is not UTF-8 is let through in plain columns, whose offsets are checked first: values are rejected alone.
+    """
+    table.validate()
+    for column in table.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error) or not _is_text(column.type):
+                raise
+    return table
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def open_parquet(file: IO[bytes]) -> Any:
@@ -113,37 +144,59 @@ def open_parquet(file: IO[bytes]) -> Any:
     )
 
 
-def refuse_bomb(group: Any) -> None:
-    """Raises pa.ArrowInvalid for a row group whose footer promises what text does not do."""
-    columns = [group.column(index) for index in range(group.num_columns)]
-    packed = sum(max(0, column.total_compressed_size) for column in columns)
-    size = sum(max(0, column.total_uncompressed_size) for column in columns)
-    if size > BOMB_BYTES and size > MOST_EXPANSION * packed:
+def refuse_bomb(group: Any, size: int) -> None:
+    """Raise ArrowInvalid for a row group that claims far more text than its file of `size` bytes can hold.
+
+    Only the group's own numbers are asked for: where the footer is damaged, `group.column(i)` ends the process.
+    """
+    if group.total_byte_size > max(BOMB_BYTES, MOST_EXPANSION * size):
         raise pa.ArrowInvalid(f"a row group that expands more than {MOST_EXPANSION} times, which text does not")
 
 
-def batches(file: IO[bytes], start: int, stop: int | None) -> Iterator[Any]:
-    """Record batches [start, stop) of an Arrow file or stream; None: all from `start` on."""
-    file.seek(0)
-    if file.read(len(ARROW_FILE)) == ARROW_FILE:
+class Batches:
+    """The record batches of an Arrow file or stream, one after the other."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        """Raises OSError or pa.ArrowInvalid."""
         file.seek(0)
-        reader = pyarrow.ipc.open_file(file)
-        for index in range(start, reader.num_record_batches if stop is None else stop):
-            yield reader.get_batch(index)
-        return
-    file.seek(0)
-    for index, batch in enumerate(pyarrow.ipc.open_stream(file)):
-        if stop is not None and index >= stop:
-            return
-        if index >= start:
-            yield batch
+        is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+        file.seek(0)
+        self._file = pyarrow.ipc.open_file(file) if is_file else None
+        self._stream: Any = None if is_file else pyarrow.ipc.open_stream(file)
+        self._count = self._file.num_record_batches if self._file else None
+        self._at = 0
+        self.left = self._count != 0
+        """Whether there may be another batch."""
+
+    def skip(self, count: int) -> None:
+        """Go past batches; those of a stream have to be read for that."""
+        if self._file is None:
+            for _ in range(count):
+                self._stream.read_next_batch()
+        self._at += count
+
+    def next(self) -> Any:
+        """The next batch, checked; None at the end of a stream. Raises one of BROKEN where it is damaged."""
+        if self._file is not None:
+            self._at += 1
+            self.left = self._at < (self._count or 0)
+            return checked(self._file.get_batch(self._at - 1))
+        try:
+            batch = self._stream.read_next_batch()
+        except StopIteration:
+            self.left = False
+            return None
+        except BROKEN:
+            self.left = False  # nothing says where the next one begins
+            raise
+        return checked(batch)
 
 
 def _add_plain(column: Any, extractor: Extractor, records: Records) -> None:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not _is_text(kind):
         records.reject(f"column {extractor.text_key!r} holds {kind}, not text")
         return
     records.size += column.nbytes

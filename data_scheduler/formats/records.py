@@ -24,6 +24,9 @@ Document = str | MarkedText | npt.NDArray[np.uint32]
 """Text, or token ids of data that was tokenized before."""
 
 
+REASON_CHARACTERS = 300
+
+
 class Unit(NamedTuple):
     """Where to find a piece of a file. `start`, `stop`: bytes for line files, row groups or record batches for columns,
     documents for token files; 0 and -1: all of it."""
@@ -56,7 +59,8 @@ class Records:
 
     def reject(self, reason: str) -> None:
         """Record the next record as unusable."""
-        self.rejects.append(Reject(len(self.documents), reason))
+        told = " ".join(reason[: 2 * REASON_CHARACTERS].split())  # one line, whatever a library quotes of the data
+        self.rejects.append(Reject(len(self.documents), told[:REASON_CHARACTERS]))
         self.documents.append(None)
 
     def leave_out(self) -> None:

@@ -1,5 +1,6 @@
 """A large row group in parts that can be read alone: each an Arrow stream of the columns a source needs."""
 
+import io
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -14,12 +15,13 @@ BATCH_ROWS = 1024
 """Rows decoded at a time: 4 MB at 4 KB a document."""
 
 
-def pack(file: IO[bytes], unit: Unit, kind: str, wanted: list[str], lengths: Sequence[int]) -> Iterator[bytes]:
+def pack(file: IO[bytes], unit: Unit, kind: str, extractor: Extractor, lengths: Sequence[int]) -> Iterator[bytes]:
     """A row group (`kind` parquet) or record batch (arrow) as parts of `lengths` rows, read once from front to back.
 
-    In memory for one part of a parquet file, and for the whole batch of an Arrow file. Raises OSError, ValueError or
-    pa.ArrowException when the unit or a wanted column cannot be read, or holds fewer rows than its file says.
+    In memory for one part of a parquet file, and for the whole batch of an Arrow file. Raises one of
+    columns.BROKEN when the unit cannot be read, would be rejected as a whole, or has fewer rows than its file says.
     """
+    wanted = extractor.columns
     batches = _parquet(file, unit, wanted) if kind == "parquet" else _arrow(file, unit, wanted)
     table: Any = None
     for length in lengths:
@@ -27,8 +29,9 @@ def pack(file: IO[bytes], unit: Unit, kind: str, wanted: list[str], lengths: Seq
             batch = next(batches, None)
             if batch is None:
                 raise ValueError("it holds fewer rows than its file says")
-            more = pa.Table.from_batches([batch])
-            columns.check(more)
+            more = pa.Table.from_batches([columns.checked(batch)])
+            if table is None:
+                _refuse_useless(more, extractor)
             table = more if table is None else pa.concat_tables([table, more])
         sink = pa.BufferOutputStream()
         with pyarrow.ipc.new_stream(sink, table.schema) as writer:
@@ -48,13 +51,19 @@ def _parquet(file: IO[bytes], unit: Unit, wanted: list[str]) -> Iterator[Any]:
     parquet = columns.open_parquet(file)
     _find(parquet.schema_arrow.names, wanted)
     groups = list(range(unit.start, unit.stop))
+    size = file.seek(0, io.SEEK_END)
     for group in groups:
-        columns.refuse_bomb(parquet.metadata.row_group(group))
+        columns.refuse_bomb(parquet.metadata.row_group(group), size)
     yield from parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted, use_threads=False)
 
 
 def _arrow(file: IO[bytes], unit: Unit, wanted: list[str]) -> Iterator[Any]:
-    for batch in columns.batches(file, unit.start, unit.stop):
+    batches = columns.Batches(file)
+    batches.skip(unit.start)
+    for _ in range(unit.start, unit.stop):
+        batch = batches.next()
+        if batch is None:
+            return
         _find(batch.schema.names, wanted)
         yield batch.select(wanted)
 
@@ -63,3 +72,11 @@ def _find(names: list[str], wanted: list[str]) -> None:
     for name in wanted:
         if names.count(name) != 1:
             raise ValueError(f"column {name!r} is there {names.count(name)} times")
+
+
+def _refuse_useless(table: Any, extractor: Extractor) -> None:
+    """Raise ValueError when something is wrong with the columns: one reject of the unit, not one of each part."""
+    none = Records()
+    columns.add_table(table.slice(0, 0), extractor, none)
+    if none.rejects:
+        raise ValueError(none.rejects[0].reason)

@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 
 from data_scheduler.formats.records import Records, Unit
 from data_scheduler.formats.token_index import TokenIndex
+from headrace.errors import HeadraceError
 
 GAP_BYTES = 1 << 20
 """Bytes between documents that are read and thrown away rather than skipped: a remote request costs as much."""
@@ -53,8 +54,10 @@ def read_npy(file: IO[bytes], vocabulary: Vocabulary) -> Records:
     try:
         major, _ = npy.read_magic(file)
         shape, _, dtype = npy.read_array_header_1_0(file) if major == 1 else npy.read_array_header_2_0(file)
-    except (ValueError, EOFError, SyntaxError, RecursionError, MemoryError, TypeError, KeyError) as error:
-        records.reject(f"not a .npy array: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    except (OSError, HeadraceError):
+        raise
+    except Exception as error:  # the header is a Python literal, and numpy lets what its parser raises through
+        records.reject(f"not a .npy array: {' '.join(str(error).split()) or type(error).__name__}")
         return records
     if len(shape) != 1 or dtype.kind not in "iu":
         records.reject(f"an array of {dtype} with {len(shape)} dimensions; token ids are integers in one")

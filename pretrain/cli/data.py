@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.errors import ConfigError
+from pretrain.cli.prep import prep
 
-app = typer.Typer(help="Sample corpus, index, replay, trace, ledger.", no_args_is_help=True)
+app = typer.Typer(help="Sample corpus, preparation, index, replay, trace, ledger.", no_args_is_help=True)
+app.command()(prep)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 

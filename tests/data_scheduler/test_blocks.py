@@ -123,3 +123,11 @@ def test_memory_is_bounded_by_the_longest_line_that_is_kept() -> None:
     tracemalloc.stop()
     assert [(block.number, len(block.data)) for block in found] == [(0, 2 + 5001 + 1), (20_000_003 // 16, 2)]
     assert peak < 100_000
+
+
+def test_a_line_begins_in_one_block() -> None:
+    """The example of the module, and a line that begins right at a block's first byte."""
+    text = b"ab\ncdefghijkl\nm\nno"
+    assert list(cut(iter([text]), 8, 100)) == [Block(0, b"ab\ncdefghijkl\n"), Block(1, b"m\n"), Block(2, b"no")]
+    assert list(cut(iter([b"abc\nde\n"]), 4, 100)) == [Block(0, b"abc\n"), Block(1, b"de\n")]
+    assert list(cut(iter([b"abcd\ne\n"]), 4, 100)) == [Block(0, b"abcd\n"), Block(1, b"e\n")]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -236,6 +237,18 @@ def test_rejects_name_the_same_record_every_time(data_config: Make, tmp_path: Pa
     assert text[own[int(number)] :].startswith(b"{broken")
 
 
+def test_a_remote_file_is_copied_like_a_local_one(data_config: Make, tmp_path: Path) -> None:
+    packed = zstandard.compress(text_of(1200))
+    (tmp_path / "x.jsonl.zst").write_bytes(packed)
+    fsspec.filesystem("memory").pipe_file("/copies/x.jsonl.zst", packed)
+    local = Scheduler(one_file(data_config, tmp_path / "x.jsonl.zst", tmp_path / "cache"))
+    source = {"name": "big", "paths": ["memory://copies/x.jsonl.zst"], "max_reject_fraction": 1.0}
+    remote = Scheduler(data_config(sources=[source], cache_dir=str(tmp_path / "cache")))
+    assert steps(remote, 5) == steps(local, 5)
+    assert len(list((tmp_path / "cache" / "copies").glob("*.blocks"))) == 2
+    fsspec.filesystem("memory").rm("/copies", recursive=True)
+
+
 # -- large row groups -------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +283,29 @@ def test_row_groups_are_read_through_copies(
     if not settings:
         assert documents == [row["text"] for row in rows]
         assert [int(record) for _, _, record, _ in found[1]] == [n for n in range(3000) if n % 97 == 5]
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "no column", "not text"])
+def test_a_row_group_that_cannot_be_copied_is_rejected_as_without_copies(
+    data_config: Make, tmp_path: Path, trouble: str
+) -> None:
+    path = tmp_path / "x.parquet"
+    texts = [f"{n} " + "water " * (n % 50) for n in range(3000)]
+    column = pa.array(range(3000)) if trouble == "not text" else pa.array(texts)
+    pq.write_table(pa.table({"body" if trouble == "no column" else "text": column}), path, row_group_size=1000)
+    if trouble == "damaged":
+        data = bytearray(path.read_bytes())
+        data[20:400] = bytes(380)
+        path.write_bytes(bytes(data))
+    source = {"name": "rows", "paths": [str(path)], "max_reject_fraction": 1.0}
+    config = data_config(sources=[source], cache_dir=str(tmp_path / "cache"), chunk_bytes=1024)
+    encoder = load_encoder(config.tokenizer)
+    found = everything(Scheduler(config, encoder=encoder).readers[0])
+    off = config.model_copy(update={"cache_max_bytes": 0})
+    assert everything(Scheduler(off, encoder=encoder).readers[0]) == found
+    assert found[1]
+    assert len(found[1]) == (1 if trouble == "damaged" else 3)
+    assert len(list((tmp_path / "cache" / "copies").glob("*.blocks"))) == (2 if trouble == "damaged" else 0)
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------
@@ -324,14 +360,20 @@ def test_a_disk_that_damages_everything_is_left_alone(
 
 
 def test_a_changed_file_gets_another_copy(tmp_path: Path, data_config: Make) -> None:
-    path = tmp_path / "x.jsonl.zst"
+    """Of the same size and time: only the bytes tell them apart."""
+    path = tmp_path / "x.jsonl.gz"
     text = text_of(1200)
-    for word in (b"water", b"steam"):
-        path.write_bytes(zstandard.compress(text.replace(b"water", word), 1))
-        os.utime(path, ns=(1, 1))  # as if the clock stood still
+    sizes = set()
+    for word, other in ((b"water", "steam"), (b"steam", "water")):
+        path.write_bytes(gzip.compress(text.replace(b"water", word), 0, mtime=0))
+        os.utime(path, ns=(1, 1))
+        sizes.add(path.stat().st_size)
         documents = everything(Scheduler(one_file(data_config, path, tmp_path / "cache")).readers[0])[0]
-        assert any(word.decode() in (text or "") for group in documents for text in group)
-        assert not any({b"water": "steam", b"steam": "water"}[word] in (t or "") for g in documents for t in g)
+        texts = [document for group in documents for document in group if document is not None]
+        assert any(word.decode() in document for document in texts)
+        assert not any(other in document for document in texts)
+    assert len(sizes) == 1
+    assert len(list((tmp_path / "cache" / "copies").glob("*.blocks"))) == 2
 
 
 def test_a_folder_that_cannot_be_used_is_one_warning_and_the_same_data(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from token_files import write_ds
 
+from data_scheduler import DataConfig, Scheduler
 from data_scheduler.config import SourceConfig
 from data_scheduler.formats.records import Records, Unit
 from data_scheduler.paths import expand
@@ -91,12 +92,28 @@ def test_wet_files_and_folders(tmp_path: Path) -> None:
     assert kinds(read(tmp_path / "x.warc.wet.gz")) == (["text 0", "text 1", "text 2"], [], 0)
 
 
+def test_a_run_over_warc_files(tmp_path: Path, corpus: Path) -> None:
+    for shard in range(2):
+        body = (f"<html>page {shard} " + "water wheel " * 50 + "</html>").encode()
+        pages = [(f"https://a.example/{shard}/{n}", body, "text/html") for n in range(20)]
+        (tmp_path / f"{shard}.warc.gz").write_bytes(warc(pages))
+    config = {
+        "tokenizer": str(corpus / "tokenizer.json"), "seq_len": 64, "global_batch_size": 8, "lanes": 4, "prefetch": 0,
+        "sources": [{"name": "crawl", "paths": [str(tmp_path)], "template": "{url} {text}"}],
+    }  # fmt: skip
+    scheduler = Scheduler(DataConfig.model_validate(config))
+    batches = [next(scheduler) for _ in range(20)]
+    assert not [reject for batch in batches for reject in batch.rejects]
+    assert any("https://a.example/1/7 " in scheduler.encoder.decode(row) for batch in batches for row in batch.tokens)
+
+
 def test_a_broken_warc_is_a_reject_after_its_good_pages(tmp_path: Path) -> None:
     for data, name in ((warc(), "x.warc.gz"), (warc(gzip=False), "x.warc")):
         for damaged in (data[:-100], data[:-1], data[:-300] + b"\xff" * 300):
             (tmp_path / name).write_bytes(damaged)
             documents, rejects, _ = kinds(read(tmp_path / name))
-            assert documents == ["<html><body>water wheel</body></html>"]
+            # Where only the last byte is missing the last page is whole.
+            assert documents == [PAGES[0][1].decode(), PAGES[2][1].decode()][: 1 + (damaged == data[:-1])]
             assert len(rejects) == 1
             assert "records up to" in rejects[0][1]
     (tmp_path / "y.warc.gz").write_bytes(b"no archive at all")

@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -114,3 +115,21 @@ def test_a_broken_file_is_found_every_time_and_the_first_is_named(
     strict = source.model_copy(update={"on_error": "stop"})
     with pytest.raises(DataError, match=r"source 'many': .*/2/9\.parquet: not readable"):
         Manifest.take(strict, LayoutIndex(index))
+
+
+def test_remote_files_are_known_by_what_their_store_says(tmp_path: Path, opened: list[str]) -> None:
+    store = fsspec.filesystem("memory")
+    for number in range(FILES):
+        with store.open(f"/index/{number}.parquet", "wb") as file:
+            pq.write_table(pa.table({"text": ["water"] * (number + 1)}), file)
+    source = SourceConfig.model_validate({"name": "far", "paths": ["memory://index/"]})
+    index = tmp_path / "index.sqlite"
+    first = Manifest.take(source, LayoutIndex(index))
+    assert len(opened) == FILES
+    assert Manifest.take(source, LayoutIndex(index)) == first
+    assert len(opened) == FILES
+    with store.open("/index/7.parquet", "wb") as file:
+        pq.write_table(pa.table({"text": ["steam"] * 8}), file)
+    Manifest.take(source, LayoutIndex(index))
+    assert opened[FILES:] == ["memory:///index/7.parquet"]
+    store.rm("/index", recursive=True)

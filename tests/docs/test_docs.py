@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from data_scheduler import Feedback
 from data_scheduler.journal import KINDS
 from data_scheduler.mixture import ONE, Mixer, quantize
+from data_scheduler.prep.config import PrepConfig
 from headrace.errors import ExitCode
 from launch.site import Site
 from pretrain.cli import app
@@ -52,7 +53,7 @@ def generator() -> Any:
     return module
 
 
-@pytest.mark.parametrize("page", ["configuration.md", "metrics.md", "data_speed.md"])
+@pytest.mark.parametrize("page", ["configuration.md", "metrics.md", "preparation.md", "data_speed.md"])
 def test_generated_pages_are_up_to_date(page: str) -> None:
     written = (DOCS / page).read_text(encoding="utf-8")
     assert written == generator().PAGES[page](), "run `python docs/generate.py`"
@@ -161,9 +162,10 @@ YAML_BLOCKS = [(name, text) for name, page in zip(NAMES, PAGES, strict=True) for
 @pytest.mark.parametrize(("file", "text"), YAML_BLOCKS, ids=[name for name, _ in YAML_BLOCKS])
 def test_yaml_in_pages_has_valid_keys(file: str, text: str) -> None:
     content = yaml.safe_load(text)
-    if set(content) <= set(Site.model_fields):
-        Site.model_validate(content)
-        return
+    for whole in (Site, PrepConfig):
+        if set(content) <= set(whole.model_fields):
+            whole.model_validate(content)
+            return
     for key in dotted_keys(content):
         assert_key(key, file)
 
@@ -206,7 +208,9 @@ def test_every_event_and_exit_code_is_explained() -> None:
 # -- code and proofs ------------------------------------------------------------------------------------------------
 
 
-def test_code_of_the_page_on_other_trainers_runs(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_the_page_on_the_scheduler_alone_runs(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "sample").mkdir(parents=True)
     (tmp_path / "data" / "tokenizer").symlink_to(corpus)
@@ -216,8 +220,8 @@ def test_code_of_the_page_on_other_trainers_runs(tmp_path: Path, corpus: Path, m
         for file in (corpus / folder).iterdir():
             (target / f"train-{file.name}").symlink_to(file)
     scope: dict[str, Any] = {}
-    for block in blocks(DOCS / "how-to" / "another-trainer.md", "python"):
-        exec(compile(block, "another-trainer.md", "exec"), scope)
+    for block in blocks(DOCS / "how-to" / "use-the-scheduler-alone.md", "python"):
+        exec(compile(block, "use-the-scheduler-alone.md", "exec"), scope)
     assert scope["batch"]["tokens"].shape == (24, 257)
     assert scope["state"]["step"] == 3
     assert (tmp_path / "runs" / "mine" / "journal.jsonl").exists()

@@ -7,6 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_scheduler.prep.config import PrepConfig
+from data_scheduler.prep.load import load_prep_config
 from headrace.errors import ConfigError
 from pretrain.config import RunConfig, config_schema, dump_config, load_config, parse_yaml
 
@@ -100,7 +102,8 @@ def test_every_recipe_is_valid() -> None:
     recipes = sorted(Path("recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        assert isinstance(load_config(recipe), RunConfig)
+        load, kind = (load_prep_config, PrepConfig) if recipe.name.startswith("prep_") else (load_config, RunConfig)
+        assert isinstance(load(recipe), kind)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
