@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from loading.machine import machine, versions
+from loading.machine import command, machine, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -217,7 +216,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     states = [measure_state(sources, lanes) for lanes, sources in ((240, 50), (options.lanes, options.sources))]
     return {
-        "command": " ".join(["python", "benchmarks/data_scale.py", *sys.argv[1:]]),
+        "command": command("data_scale.py"),
         "date": str(date.today()),
         "machine": machine(),
         "versions": versions(["numpy", "orjson"]),
