@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from loading.machine import machine, versions
+from loading.machine import command, machine, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -180,8 +179,8 @@ def measure_state(sources: int, lanes: int) -> dict[str, Any]:
     names = [f"source-{number:02d}" for number in range(sources)]
     state = State.fresh(lanes, names)
     rng = np.random.default_rng(0)
-    # Epoch, chunk, document and token as they are some way into a run, then what a packer carries, then what was given.
-    state.positions[:] = rng.integers(0, [3, 300, 500, 2000, 1, 1, 1, 1], state.positions.shape)
+    # Epoch, chunk, document and token as they are some way into a run; then what each lane gave.
+    state.positions[..., :4] = rng.integers(0, [3, 300, 500, 2000], (*state.positions.shape[:2], 4))
     state.given[:] = rng.integers(0, 100_000, (*state.given.shape[:2], 1)) * [1, 4097]
     to_dict, data = cpu(lambda: state.to_dict(0, 1))
     held = sum(value.nbytes for value in data.values() if isinstance(value, np.ndarray))
@@ -217,7 +216,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     states = [measure_state(sources, lanes) for lanes, sources in ((240, 50), (options.lanes, options.sources))]
     return {
-        "command": " ".join(["python", "benchmarks/data_scale.py", *sys.argv[1:]]),
+        "command": command("data_scale.py"),
         "date": str(date.today()),
         "machine": machine(),
         "versions": versions(["numpy", "orjson"]),

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 from loading import corpus
-from loading.machine import machine, versions
+from loading.machine import command, machine, versions
 from rich.console import Console
 
 from data_scheduler import DataConfig, Scheduler
@@ -181,7 +181,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return {
-        "command": " ".join(["python", "benchmarks/data_soak.py", *sys.argv[1:]]),
+        "command": command("data_soak.py"),
         "date": str(date.today()),
         "machine": machine(),
         "versions": versions(["numpy", "pyarrow", "orjson", "gigatoken"]),

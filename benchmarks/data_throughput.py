@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from loading import corpus, report
-from loading.machine import machine, versions
+from loading.machine import command, machine, versions
 from rich.console import Console
 
 HERE = Path(__file__).parent
@@ -143,7 +143,7 @@ def main() -> None:
             known.append(_run(arm, sources, folder, facts, options, python))
             _say(repeat, key, known[-1])
         result = {
-            "command": " ".join(["python", "benchmarks/data_throughput.py", *sys.argv[1:]]),
+            "command": command("data_throughput.py"),
             "date": str(date.today()),
             "machine": machine(),
             "versions": {"ours": versions(OUR_PACKAGES), "peers": versions(PEER_PACKAGES, python) if python else {}},

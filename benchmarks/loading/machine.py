@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "load": f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores in the last minute",
     }
+
+
+def command(script: str) -> str:
+    """The command that is running, without the options that name folders of this machine."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        named = word.split("=")[0] in ("--work", "--out", "--picture")
+        if not named and not skip:
+            words.append(word)
+        skip = named and "=" not in word
+    return " ".join(["python", f"benchmarks/{script}", *words])
 
 
 def versions(names: list[str], python: Path | None = None) -> dict[str, str]:

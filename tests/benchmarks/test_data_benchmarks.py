@@ -31,19 +31,16 @@ def run(script: str, *words: str) -> str:
 def test_throughput_measures_hashes_and_draws(work: Path) -> None:
     out = work / "throughput.json"
     quick = ("--quick", "--peers", "none", "--work", str(work), "--out", str(out))
-    shown = run("data_throughput.py", *quick, "--repeats", "2", "--arms", "ours_zst", "profile", "ours_cache")
+    shown = run("data_throughput.py", *quick, "--repeats", "1")
     result: dict[str, Any] = json.loads(out.read_text())
     arms = {arm["key"]: arm for arm in result["arms"]}
     ours = arms["ours_zst/8"]
-    assert ours["same_tokens"] is True
     assert ours["tokens"] >= result["corpus"]["tokens"] * 9 // 10
     assert 0 < ours["mtok_per_cpu_s"]["min"] <= ours["mtok_per_cpu_s"]["median"] <= ours["mtok_per_cpu_s"]["max"]
     profile = arms["profile/8"]
     assert profile["sha256"] == ours["sha256"]  # the stopwatches and the missing loader thread change nothing
     assert not profile["phases_not_found"], "the engine's parts moved; correct PHASES in benchmarks/loading/ours.py"
     assert profile["phases_cpu_s"]["encode"] > 0
-    cache = arms["ours_cache/8"]
-    assert cache.get("same_tokens") is True or "token_cache" in cache["not_run"]
     assert "Headrace, .jsonl.zst" in shown
     run("data_throughput.py", "--plot", str(out), "--picture", str(work / "speed.png"))
     assert (work / "speed.png").stat().st_size > 10_000
@@ -51,10 +48,10 @@ def test_throughput_measures_hashes_and_draws(work: Path) -> None:
 
 def test_soak_compares_resumed_batches(work: Path) -> None:
     out = work / "soak.json"
-    short = ("--minutes", "0.02", "--stops", "480", "1200", "--repeats", "1")
+    short = ("--minutes", "0.02", "--stops", "960", "--repeats", "1")
     run("data_soak.py", "--mb", "2", "--work", str(work), "--out", str(out), *short)
     result = json.loads(out.read_text())
-    assert [one["sequences"] for one in result["resume"]] == [480, 1200]
+    assert [one["sequences"] for one in result["resume"]] == [960]
     assert all(one["same_batches"] for one in result["resume"])
     assert result["memory"]["points"][-1]["sequences"] == result["memory"]["sequences"] > 0
 

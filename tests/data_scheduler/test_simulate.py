@@ -272,7 +272,10 @@ def test_one_long_line_and_a_filter_that_leaves_nothing(data_config: Make, tmp_p
 
 
 def test_shares_that_give_nothing_are_named(data_config: Make) -> None:
-    sources = [source.model_copy(update={"weight": w}) for source, w in zip(data_config().sources, (1, 1e-6, 0, 1))]
+    sources = [
+        source.model_copy(update={"weight": w})
+        for source, w in zip(data_config().sources, (1, 1e-6, 0, 1), strict=True)
+    ]
     config = data_config().model_copy(update={"sources": sources})
     warnings = simulate(config, volumes(config), 100).warnings()
     assert warnings == [
