@@ -37,7 +37,8 @@ ENDS_BYTES = 1 << 16
 class HeldText:
     """A compressed file's text in memory."""
 
-    blocks: list[Block]
+    blocks: dict[int, list[Block]]
+    """By the part they belong to: looking through all would cost more than reading them, of 5 KB blocks."""
     size: int
 
 
@@ -101,7 +102,7 @@ class PartReader:
         if not chunk.copied and path not in self._larger:
             try:
                 held = self._cache.get((self._config.name, path, chunk.block), lambda: self._held(chunk))
-                return [block for block in held.blocks if block.number % chunk.parts == chunk.part]
+                return held.blocks.get(chunk.part, [])
             except _TooLarge:
                 self._larger.add(path)
         copied = self._copied(chunk)
@@ -110,9 +111,9 @@ class PartReader:
         return [block for block in self._stream(chunk) if block.number % chunk.parts == chunk.part]
 
     def _held(self, chunk: Chunk) -> HeldText:
-        held = HeldText([], 0)
+        held = HeldText({}, 0)
         for block in self._stream(chunk):
-            held.blocks.append(block)
+            held.blocks.setdefault(block.number % chunk.parts, []).append(block)
             held.size += len(block.data)
             if held.size > self._cache.budget // 2:
                 raise _TooLarge

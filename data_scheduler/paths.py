@@ -1,6 +1,7 @@
 """From the paths of a source to a sorted list of files with sizes; local paths and fsspec URLs alike."""
 
 import os
+from functools import lru_cache
 from typing import IO
 
 from data_scheduler.listing import File, local_files
@@ -42,6 +43,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+@lru_cache(maxsize=1 << 16)
 def file_kind(path: str, wanted: str = "auto") -> tuple[str, str | None]:
     """(format, suffix of its compression) of a file by its name; `wanted` overrides the format. Raises ConfigError."""
     stem, suffix = os.path.splitext(path.split("?", 1)[0])

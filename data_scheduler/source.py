@@ -67,6 +67,7 @@ class SourceReader:
         marked = config.prompt or config.masked_key or config.loss_weight_key
         if data.token_cache and not marked and config.format not in TOKEN_KINDS:
             self._tokens = TokenCache(data.token_cache, encoder.fingerprint, self.token_dtype)
+        self._read_as = [config.format, config.text_key, config.template, config.where, config.max_document_bytes]
         self._original = manifest
         self.grow([])
         if not self.chunks:
@@ -167,9 +168,7 @@ class SourceReader:
             identity = self._parts.identity(cut.unit.path)
         except OSError:
             return None  # reading it will say what is wrong
-        settings = self.config
-        how = [settings.format, settings.text_key, settings.template, settings.where, settings.max_document_bytes]
-        return f"{identity} {list(cut.unit[1:])} {cut.part} {cut.parts} {cut.block} {how}"
+        return f"{identity} {list(cut.unit[1:])} {cut.part} {cut.parts} {cut.block} {self._read_as}"
 
     def records(self, chunk: int) -> tuple[Records, Int64]:
         """The records of a chunk, and the places among them of the good documents."""

@@ -15,7 +15,6 @@ import os
 import tempfile
 import zlib
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +44,8 @@ class CachedChunk(NamedTuple):
 class TokenCache:
     """The cached chunks of one tokenizer."""
 
-    def __init__(self, folder: str | Path, fingerprint: str, token_dtype: Any) -> None:
-        self._folder = Path(folder).expanduser() / fingerprint[:32]
+    def __init__(self, folder: str, fingerprint: str, token_dtype: Any) -> None:
+        self._folder = os.path.join(os.path.expanduser(folder), fingerprint[:32])
         self._dtype = np.dtype(token_dtype).newbyteorder("<")
         self._verified: set[str] = set()
         self._writable = True
@@ -55,7 +54,8 @@ class TokenCache:
         """The chunk, or None when it is not there or damaged (then one warning says so, and it will be made again)."""
         path = self._path(key)
         try:
-            data = path.read_bytes()
+            with open(path, "rb") as file:
+                data = file.read()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -85,8 +85,8 @@ class TokenCache:
         )
         path = self._path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=".", delete=False) as file:
                 try:
                     file.write(len(header).to_bytes(4, "little") + header + body)
                     file.close()
@@ -116,6 +116,6 @@ class TokenCache:
         rejected = [(where, reason) for where, reason in header["rejected"]]
         return CachedChunk(numbers[:count].astype(np.int64), documents, header["read"], rejected)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str) -> str:
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self._folder / name[:2] / f"{name}.tok"
+        return f"{self._folder}/{name[:2]}/{name}.tok"
