@@ -176,7 +176,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         arrays = {key: np.asarray(state[key]) for key in ARRAYS}
-        np.savez_compressed(file, allow_pickle=False, rest=np.frombuffer(rest, dtype=np.uint8), **arrays)
+        np.savez(file, allow_pickle=False, rest=np.frombuffer(rest, dtype=np.uint8), **arrays)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
