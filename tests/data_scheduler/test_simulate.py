@@ -162,10 +162,17 @@ def test_the_share_of_a_source_that_is_through_goes_to_the_others(capped: Make) 
     simulation = simulate(config, estimate_sources(config), 400)
     ends = {source.source: source.end for source in simulation.sources}
     assert ends["large"] is None
+    assert simulation.sources[2].first_lane_through is None
     small, once = ends["small"], ends["once"]
     assert small is not None
     assert once is not None
-    assert small.first_lane <= small.through == small.without - config.policy.horizon
+    assert small.through == small.without - config.policy.horizon
+    first_lane = simulation.sources[0].first_lane_through
+    assert first_lane is not None
+    assert 0 < first_lane <= small.through
+    early = simulate(config, estimate_sources(config), first_lane + 1)
+    assert early.sources[0].end is None
+    assert any(f"from step {first_lane} on some lanes are through" in line for line in early.warnings())
     first, second = (small, once) if small.without <= once.without else (once, small)
     own = {"small": 0.4, "once": 0.2, "large": 0.3, "other": 0.1}
     gone = own.pop("small" if first is small else "once")
@@ -272,7 +279,10 @@ def test_one_long_line_and_a_filter_that_leaves_nothing(data_config: Make, tmp_p
 
 
 def test_shares_that_give_nothing_are_named(data_config: Make) -> None:
-    sources = [source.model_copy(update={"weight": w}) for source, w in zip(data_config().sources, (1, 1e-6, 0, 1))]
+    sources = [
+        source.model_copy(update={"weight": w})
+        for source, w in zip(data_config().sources, (1, 1e-6, 0, 1), strict=True)
+    ]
     config = data_config().model_copy(update={"sources": sources})
     warnings = simulate(config, volumes(config), 100).warnings()
     assert warnings == [
