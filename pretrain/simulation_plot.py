@@ -120,14 +120,10 @@ def _draw_epochs(simulation: Simulation, axes: Any, colours: list[Any], order: l
         top = max(top, *(limit for _, limit in near), 0)
     if top > MANY_EPOCHS:
         axes.axhline(MANY_EPOCHS, color="#b00020", linewidth=1.0, linestyle=":", label=f"{MANY_EPOCHS} epochs")
-    for place, source in enumerate(sources):
-        said = (
-            "?" if source.epochs is None else f"{source.epochs:.2f}" if source.epochs < 9.95 else f"{epochs[place]:.0f}"
-        )
-        high = max(epochs[place] + errors[place], 0)
-        axes.annotate(said, (place, high), (0, 2), textcoords="offset points", ha="center", va="bottom",
-                      fontsize=6.5 if many else 9, rotation=90 if many else 0)  # fmt: skip
+    # The numbers stand with the names: above the bars they would run into the marks.
     names = [s.source if len(s.source) <= NAME_LENGTH else s.source[: NAME_LENGTH - 1] + "…" for s in sources]
+    between = "  " if many else "\n"
+    names = [name + between + _said(source.epochs) for name, source in zip(names, sources, strict=True)]
     axes.set_xticks(places, names, rotation=90 if many else 0, fontsize=7.5 if many else 9.5)
     axes.set_xlim(-0.6, len(sources) - 0.4)
     drawn = sorted(epoch for epoch in epochs if epoch > 0)
@@ -140,3 +136,7 @@ def _draw_epochs(simulation: Simulation, axes: Any, colours: list[Any], order: l
     axes.grid(axis="x", visible=False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _said(epochs: float | None) -> str:
+    return "?" if epochs is None else f"{epochs:.2f}" if epochs < 9.995 else f"{epochs:,.0f}"

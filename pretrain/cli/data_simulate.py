@@ -32,6 +32,7 @@ def simulate(
 
     Reads file sizes and some 256 KB of every source; nothing else, and no model.
     """
+    from data_scheduler.dry_run import DryRun
     from data_scheduler.simulate import estimate_sources
     from data_scheduler.simulate import simulate as simulate_steps
     from pretrain.config import load_data_config
@@ -42,6 +43,7 @@ def simulate(
     if number is None:
         raise ConfigError(f"{config} has no train.steps; give --steps N")
     recorded = None if losses is None else _recorded(losses, [source.name for source in data.sources])
+    DryRun(data, losses=recorded)  # says what is wrong with policy and weights before any file is looked at
     simulation = simulate_steps(data, estimate_sources(data), number, recorded)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
