@@ -41,7 +41,7 @@ BLOCK = 1000
 NAMED = 4
 """Sources named in a line; there may be fifty."""
 MANY_EPOCHS = 4
-"""Epochs past which more data is worth far more than seeing the same again (arXiv 2305.16264, figure 1)."""
+"""Up to as many, repeated data is worth nearly as much as new data; later ever less (arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ class Simulation:
         if source.epochs is not None and source.epochs > MANY_EPOCHS:
             step = source.epochs_passed[MANY_EPOCHS]
             said.append(
-                f"{source.epochs:.1f} epochs, more than {MANY_EPOCHS} from step {step:,} on; repeating data adds "
-                "little from there (arXiv 2305.16264)"
+                f"{source.epochs:.1f} epochs, more than {MANY_EPOCHS} from step {step:,} on; from there "
+                "repeated data is worth ever less (arXiv 2305.16264)"
             )
         return said
 
