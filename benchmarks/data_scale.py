@@ -29,7 +29,7 @@ from rich.table import Table
 from data_scheduler.config import SourceConfig
 from data_scheduler.manifest import Manifest
 from data_scheduler.mixture import Mixer, quantize, slots
-from data_scheduler.order import Int64, deal, permutation
+from data_scheduler.order import Int64, deal, lanes_of, permutation
 from data_scheduler.state import State, load_state, save_state
 
 RESULT = Path(__file__).parent / "results" / "data_scale.json"
@@ -153,13 +153,15 @@ def measure_planning(sources: int, lanes: int, ranks: int, batch: int, steps: in
     worst, drawn = 0.0, np.zeros(sources, np.int64)
     exact = np.array([weights[name] for name in names]) / sum(weights.values())
     streams = []
+    asked = np.zeros((lanes, sources), np.int32)
     for step in range(steps):
-        used, laid_out = cpu(lambda step=step: slots(mixer.counts(shares, batch), SEED, step))
+        lane = lanes_of(step * batch, batch, lanes)
+        used, laid_out = cpu(lambda step=step, lane=lane: slots(mixer.counts(shares, batch), asked, lane, SEED, step))
         times.append(used)
         drawn += np.bincount(laid_out, minlength=sources)
         worst = max(worst, float(np.abs(drawn - exact * batch * (step + 1)).max()))
         # Sequence g belongs to lane g mod L, lane l to rank l mod DP.
-        rank = (np.arange(step * batch, (step + 1) * batch) % lanes) % ranks
+        rank = lane % ranks
         per_rank = np.bincount(rank, minlength=ranks)
         assert per_rank.min() == per_rank.max() == batch // ranks, "ranks have unequal shares of a step"
         streams.append(len(np.unique(rank * sources + laid_out)) / ranks)

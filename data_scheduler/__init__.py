@@ -13,7 +13,7 @@ A worked example. Two sources, weights 0.75 and 0.25, L = 4 lanes, global batch 
 4. Slot i is filled by lane i: lane 2 walks source 1 (`lane`: next chunk, its documents shuffled, encoded), and
    `packing` cuts 9 tokens.
 5. With two data-parallel ranks, rank 0 owns lanes 0 and 2 and makes slots 0 and 2; the global batch is the same.
-6. After the step, the state is 56 bytes per (lane, source): epoch, chunk, document, token, … (`state`).
+6. After the step, the state is 60 bytes per (lane, source): epoch, chunk, document, token, … (`state`).
 
 Start reading at `scheduler.py`. Alone, in your own loop: `from data_scheduler import DataScheduler`.
 """

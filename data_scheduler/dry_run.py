@@ -16,10 +16,9 @@ from data_scheduler.assumed_losses import AssumedLosses, FlatLosses
 from data_scheduler.config import DataConfig
 from data_scheduler.journal import Journal
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
-from data_scheduler.order import Int64
+from data_scheduler.order import GOLDEN, Int64, lanes_of
 from data_scheduler.plan import Plan
 from data_scheduler.policies import Feedback, make_policy
-from data_scheduler.scheduler import GOLDEN
 from headrace.errors import ConfigError
 
 UNLIMITED = 1 << 62
@@ -68,6 +67,7 @@ class DryRun:
         self.plan = Plan(self.journal)
         self._record("limits", 0, {"max_epochs": {source.name: source.max_epochs for source in config.sources}})
         self._mixer = Mixer(len(self.names))
+        self._asked = np.zeros((config.lanes, len(self.names)), dtype=np.int32)
         self._left = np.full((config.lanes, len(self.names)), UNLIMITED, np.int64)
         """Sequences that lanes can still give."""
         self._open = dict(capacities or {})
@@ -131,8 +131,8 @@ class DryRun:
     def _deal(self, step: int, counts: Int64, shares: Int64) -> Int64 | None:
         """The sequences that the step's lanes give for those asked of them; None when a lane has nothing left."""
         batch, lanes = self.config.global_batch_size, self.config.lanes
-        sources = slots(counts, self.config.seed, step).astype(np.int64)
-        dealt = (self._sequences + np.arange(batch)) % lanes
+        dealt = lanes_of(self._sequences, batch, lanes)
+        sources = slots(counts, self._asked, dealt, self.config.seed, step).astype(np.int64)
         places = dealt * len(self.names) + sources
         left = self._left.reshape(-1)
         if batch > lanes:
@@ -174,7 +174,7 @@ class DryRun:
                 self.first_through.setdefault(name, step)
             if through.all():
                 limit = self.plan.limits.at(step)[name]
-                data = {"source": name, "max_epochs": limit, "reported": step}
+                data = {"source": name, "max_epochs": limit, "generations": 1, "reported": step}
                 self._record("capped", step + self.config.policy.horizon, data)
                 del self._open[name]
                 self._ended.append(self.names.index(name))

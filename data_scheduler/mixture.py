@@ -24,6 +24,8 @@ import numpy.typing as npt
 from data_scheduler.order import Int64, permutation
 from headrace.errors import ConfigError
 
+Int32 = npt.NDArray[np.int32]
+
 ONE = 1 << 40
 """The share 1.0; w·B stays under 2⁶³ for global batches below 2²³ sequences."""
 
@@ -91,9 +93,25 @@ class Mixer:
         return np.array(counts, dtype=np.int64)
 
 
-def slots(counts: Int64, *key: int | str) -> npt.NDArray[np.int32]:
-    """The source of every slot of the batch: `counts` laid out by a seeded permutation, int32[batch]."""
-    laid_out = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    order = permutation(len(laid_out), "slots", *key)
-    shuffled: npt.NDArray[np.int32] = laid_out[order]
-    return shuffled
+def slots(counts: Int64, asked: Int32, lanes: Int64, *key: int | str) -> Int32:
+    """The source of every slot of the batch, int32[batch]: `counts` of each, laid out so that lanes are asked alike.
+
+    lanes: int64[batch], the lane of each slot; asked: int32[lanes, sources], how often each lane was asked for each
+    source so far, brought up to date. Each source takes the lanes that were asked for it least, the rarest source
+    first; ties are settled by a seeded permutation. Slots drawn at random would let lanes drift apart by the square
+    root of what they gave: with 5 sequences a lane and epoch one lane would be in its second epoch before another ends
+    the half of its first.
+    """
+    left = permutation(len(lanes), "slots", *key)
+    laid_out = np.empty(len(lanes), dtype=np.int32)
+    for source in np.argsort(counts, kind="stable").tolist():
+        count = int(counts[source])
+        if count == len(left):
+            laid_out[left] = source
+            break
+        if count:
+            order = np.argsort(asked[lanes[left], source], kind="stable")
+            laid_out[left[order[:count]]] = source
+            left = left[np.sort(order[count:])]
+    np.add.at(asked, (lanes, laid_out), 1)
+    return laid_out

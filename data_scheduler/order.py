@@ -11,12 +11,17 @@ promise (NEP 19); the raw stream of a BitGenerator does, so permutations are a s
 
 import hashlib
 import heapq
+import math
 import threading
 
 import numpy as np
 import numpy.typing as npt
 
 Int64 = npt.NDArray[np.int64]
+
+
+GOLDEN = 11400714819323198485
+"""2⁶⁴ over the golden ratio; its multiples spread evenly over 64 bits."""
 
 
 def draws(size: int, *key: int | str) -> npt.NDArray[np.uint64]:
@@ -47,6 +52,28 @@ def permutation(size: int, *key: int | str) -> Int64:
     if size < 2:
         return np.zeros(size, dtype=np.int64)
     return np.argsort(draws(size, *key), kind="stable").astype(np.int64, copy=False)
+
+
+def lanes_of(first: int, batch: int, lanes: int) -> Int64:
+    """The lane of each of the sequences [first, first + batch) of a run, int64[batch].
+
+    In every round of `lanes` sequences each lane gives one. Lanes are taken in blocks of u = gcd(batch, lanes), and
+    each round begins with another block: round r with block floor(n·frac(r/φ)) of the n = lanes/u. Without that a
+    source that is drawn every tenth step would meet the same lanes for ever, where ten divides the steps of a round.
+
+    A data-parallel size divides batch and lanes, hence u: sequence g is always a lane's of rank g mod size.
+
+        >>> lanes_of(0, 4, 8).tolist(), lanes_of(4, 4, 8).tolist(), lanes_of(8, 4, 8).tolist()
+        ([0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7])
+    """
+    unit = math.gcd(batch, lanes)
+    blocks = lanes // unit
+    group, within = np.divmod(np.arange(first, first + batch, dtype=np.int64), unit)
+    rounds, place = np.divmod(group, blocks)
+    # 64-bit multiples of 2⁶⁴/φ, wrapping; their upper 32 bits times n, shifted, are floor(n · frac(r/φ)) in integers.
+    turned = (rounds.astype(np.uint64) * np.uint64(GOLDEN)) >> np.uint64(32)
+    begun = (turned * np.uint64(blocks) >> np.uint64(32)).astype(np.int64)
+    return (place + begun) % blocks * unit + within
 
 
 def deal(sizes: Int64, order: Int64, lanes: Int64) -> list[Int64]:

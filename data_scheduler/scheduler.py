@@ -4,7 +4,7 @@
                   │
                   ▼
     mixer: sequences per source ──► slots: source of every slot of the global batch
-                                       │  slot i belongs to lane (sequences so far + i) mod L, lane ℓ to rank ℓ mod DP
+                                       │  slot i belongs to a lane (`order.lanes_of`), lane ℓ to rank ℓ mod DP
                                        ▼
     (lane, source) streams: chunks ─► documents ─► tokens ──► packer ──► Batch
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_scheduler.batch import Batch, BoolArray, RejectedRecord, Segments
+from data_scheduler.batch import Batch, BoolArray, Int32, RejectedRecord, Segments
 from data_scheduler.config import DataConfig
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import check_same_run, sample_texts
@@ -34,7 +34,7 @@ from data_scheduler.listing import File
 from data_scheduler.loader import Loader, Stopped
 from data_scheduler.manifest import Manifest, check_unchanged
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
-from data_scheduler.order import Int64
+from data_scheduler.order import GOLDEN, Int64, lanes_of
 from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry, Packer
 from data_scheduler.paths import list_files
@@ -46,9 +46,6 @@ from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError, LayoutError
 from headrace.version import __version__
 
-GOLDEN = 11400714819323198485
-"""2⁶⁴ over the golden ratio."""
-
 
 class _Produced(NamedTuple):
     """A batch with the changes of state that its consumption means."""
@@ -56,7 +53,8 @@ class _Produced(NamedTuple):
     batch: Batch
     touched: list[Touched]
     owed: Int64
-    batch_size: int
+    asked: tuple[Int64, Int32]
+    """(lanes, sources) of the global batch's slots, as planned."""
     width: int
     policy: dict[str, Any]
     wanted: dict[str, float]
@@ -153,7 +151,7 @@ class Scheduler:
                 self._loader = Loader(self._produce, self.config.prefetch)
             produced = self._loader.get()
         produced.batch.wait_s = time.perf_counter() - began
-        self._consumed.consume(produced.touched, produced.owed, produced.batch_size, produced.width)
+        self._consumed.consume(produced.touched, produced.owed, produced.asked, produced.width)
         self._consumed.policy, self._consumed.wanted = produced.policy, produced.wanted
         self._consumed.keep_feedback_from(self._consumed.step - self.config.policy.horizon)
         if self._watched and self._watches_itself and not self._replaying and self.is_time_to_look:
@@ -258,6 +256,7 @@ class Scheduler:
         """(lane, source) pairs that have reached the limit in force."""
         self._mixer = Mixer(len(self.names))
         self._mixer.owed = self._consumed.owed.copy()
+        self._asked = self._consumed.asked.copy()
         self._packers: dict[tuple[int, int], Packer] = {}
         self._places = self._consumed.copy()
         self._limits: Mapping[str, int | None] | None = None
@@ -277,14 +276,16 @@ class Scheduler:
         batch_size, width = shape["global_batch_size"], shape["seq_len"] + 1
         self._apply_limits(step)
         counts = self._mixer.counts(shares, batch_size)
-        sources = slots(counts, self.config.seed, step)
+        lanes = lanes_of(self._sequences, batch_size, self.config.lanes)
+        sources = slots(counts, self._asked, lanes, self.config.seed, step)
         own = np.arange((self._dp_rank - self._sequences) % self._dp_size, batch_size, self._dp_size, dtype=np.int64)
         tokens = np.empty((len(own), width), dtype=np.int64)
         source_ids = sources[own].astype(np.int64)
         packed: list[Segments] = []
         touched: list[Touched] = []
         for row, (slot, source) in enumerate(zip(own.tolist(), source_ids.tolist(), strict=True)):
-            given, segments = self._pack(self._sequences + slot, source, shares, tokens[row], touched)
+            sequence, lane = self._sequences + slot, int(lanes[slot])
+            given, segments = self._pack(lane, sequence, source, shares, tokens[row], touched)
             packed.append(segments)
             source_ids[row] = given
         batch = Batch(
@@ -303,13 +304,14 @@ class Scheduler:
             _ = batch.digests
         self._step += 1
         self._sequences += batch_size
-        return _Produced(batch, touched, self._mixer.owed, batch_size, width, self._policy.state_dict(), self._wanted)
+        return _Produced(
+            batch, touched, self._mixer.owed, (lanes, sources), width, self._policy.state_dict(), self._wanted
+        )
 
     def _pack(
-        self, sequence: int, source: int, shares: Int64, row: Int64, touched: list[Touched]
+        self, lane: int, sequence: int, source: int, shares: Int64, row: Int64, touched: list[Touched]
     ) -> tuple[int, Segments]:
         """(source, segments) of a sequence, from `source` or, where its lane is through with that, another."""
-        lane = sequence % self.config.lanes
         while True:
             if (lane, source) not in self._sources_through:
                 packer = self._packer(lane, source)

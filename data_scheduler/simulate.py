@@ -38,8 +38,10 @@ POINTS = 2000
 """Steps of which shares are kept, for plots; a plot is some 1,500 pixels wide."""
 BLOCK = 1000
 """Steps summed up in one go."""
+NAMED = 4
+"""Sources named in a line; there may be fifty."""
 MANY_EPOCHS = 4
-"""Epochs past which more data is worth far more than seeing the same again (arXiv 2305.16264, figure 1)."""
+"""Up to as many, repeated data is worth nearly as much as new data; later ever less (arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,6 @@ class End:
     """How a source with `max_epochs` ends."""
 
     max_epochs: int
-    first_lane: int
-    """Step in which a first lane is through, and others begin to take its place."""
     through: int
     """Step in which the last lane is found to be through."""
     without: int
@@ -92,6 +92,8 @@ class SourceOutcome:
     """Twice the standard error of `epochs`; None: not known."""
     epochs_passed: dict[int, int]
     """1, 2, 4, … epochs → the step in which as many are passed."""
+    first_lane_through: int | None
+    """Step in which a first lane is through and gives sequences of other sources in its place; None: none is."""
     end: End | None
     """None: not through within these steps."""
     estimate: TokenEstimate
@@ -162,16 +164,24 @@ class Simulation:
                 f"a share of {source.share_asked:.2g} over {self.steps:,} steps is {wanted:.2g} sequences, under one"
             )
         if source.end is not None:
-            to = ", ".join(f"{name} +{share:.4f}" for name, share in source.end.handed_to.items())
+            most = sorted(source.end.handed_to.items(), key=lambda item: -item[1])
+            to = ", ".join(f"{name} +{share:.4f}" for name, share in most[:NAMED]) or "no one"
+            if len(most) > NAMED:
+                to += f" and {len(most) - NAMED} others"
             said.append(
                 f"through at step {source.end.through:,} (max_epochs {source.max_epochs}, estimated); from step "
-                f"{source.end.without:,} on its share goes to " + (to or "no one")
+                f"{source.end.without:,} on its share goes to {to}"
+            )
+        elif source.first_lane_through is not None:
+            said.append(
+                f"from step {source.first_lane_through:,} on some lanes are through (max_epochs {source.max_epochs}, "
+                "estimated) and give other sources in its place, while others still hold documents"
             )
         if source.epochs is not None and source.epochs > MANY_EPOCHS:
             step = source.epochs_passed[MANY_EPOCHS]
             said.append(
-                f"{source.epochs:.1f} epochs, more than {MANY_EPOCHS} from step {step:,} on; repeating data adds "
-                "little from there (arXiv 2305.16264)"
+                f"{source.epochs:.1f} epochs, more than {MANY_EPOCHS} from step {step:,} on; from there "
+                "repeated data is worth ever less (arXiv 2305.16264)"
             )
         return said
 
@@ -239,10 +249,7 @@ def simulate(
         policy=config.policy.kind,
         losses=losses.said if run.listens else None,
         most_owed=sums.most_owed / ONE,
-        sources=[
-            _outcome(config, number, volume, sums, _end(run, number, at, asked))
-            for number, volume in enumerate(volumes)
-        ],
+        sources=[_outcome(run, number, volume, sums, at, asked) for number, volume in enumerate(volumes)],
         at=at,
         asked=asked,
         realised=drawn / ((at + 1) * config.global_batch_size)[:, None],
@@ -285,9 +292,10 @@ class _Sums:
         self.steps += len(counts)
 
 
-def _outcome(config: DataConfig, number: int, volume: Volume, sums: _Sums, end: End | None) -> SourceOutcome:
-    source, estimate = config.sources[number], volume.estimate
-    width = config.seq_len + 1
+def _outcome(run: DryRun, number: int, volume: Volume, sums: _Sums, at: Int64, asked: Floats) -> SourceOutcome:
+    """One source's part. `at`, `asked`: the mixture at some steps."""
+    source, estimate = run.config.sources[number], volume.estimate
+    width = run.config.seq_len + 1
     sequences = int(sums.drawn[number])
     epochs = sequences * width / estimate.tokens if estimate.tokens else None
     return SourceOutcome(
@@ -301,7 +309,8 @@ def _outcome(config: DataConfig, number: int, volume: Volume, sums: _Sums, end: 
         epochs=epochs,
         epochs_error=None if epochs is None or math.isinf(estimate.error) else epochs * estimate.error,
         epochs_passed=sums.passed[number],
-        end=end,
+        first_lane_through=run.first_through.get(source.name),
+        end=_end(run, number, at, asked),
         estimate=estimate,
     )
 
@@ -322,7 +331,7 @@ def _end(run: DryRun, number: int, at: Int64, asked: Floats) -> End | None:
         for other, share in zip(run.names, shares.tolist(), strict=True)
         if share and other != name
     }
-    return End(cap.max_epochs, run.first_through[name], cap.reported, cap.step, to)
+    return End(cap.max_epochs, cap.reported, cap.step, to)
 
 
 def _notes(run: DryRun, losses: AssumedLosses, volumes: Sequence[Volume], steps: int) -> list[str]:

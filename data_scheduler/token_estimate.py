@@ -105,10 +105,9 @@ def _why(manifest: Manifest, source: SourceConfig, samples: Sequence[_Sample], w
         return "no document in the sample"
     if whole:
         return "all documents encoded"
-    held = sum(sample.text_bytes for sample in samples)
-    said = f"{held / 1e3:,.0f} KB of text at {len(samples)} places encoded" if held else "token files sampled"
+    said = f"sampled at {len(samples)} places"
     if any(file_kind(path, source.format)[1] for path, _ in manifest.files):
-        said += ", only from the beginnings of compressed files"
+        said += ", only at the beginnings of compressed files"
     return said
 
 

@@ -242,10 +242,10 @@ def lanes() -> None:
     for column, heading in enumerate(("slot 0\nlane 0", "slot 1\nlane 1", "slot 2\nlane 2", "slot 3\nlane 3")):
         text(axes, 66.2 + 6.4 * column, 9.2, heading, 8, MUTED)
     text(axes, 96.5, 9.2, "owed after\ncode, prose", 8, MUTED)
-    drawn = []
+    drawn, asked = [], np.zeros((4, 2), dtype=np.int32)
     for step in range(4):
         counts = mixer.counts(shares, batch)
-        sources = slots(counts, 0, step)
+        sources = slots(counts, asked, np.arange(4), 0, step)
         drawn.append(sources)
         y = 13.6 + 4.4 * step
         text(axes, 56, y, f"step {step}", 9, at="left")

@@ -16,6 +16,8 @@ from pretrain.report import COLOURS, LINE_STYLES
 
 FEW = 10
 """Sources that a legend can hold and an eye can tell apart."""
+WIDE = 30
+"""Most epochs over the median from which bars on a linear axis would be flat."""
 NAME_LENGTH = 24
 """Characters of a source's name that have room beside its bar."""
 
@@ -63,8 +65,10 @@ def _draw_shares(simulation: Simulation, axes: Any, colours: list[Any], many: bo
         line = LINE_STYLES[0] if many else LINE_STYLES[number // len(COLOURS) * 2 % len(LINE_STYLES)]
         realised = np.where(simulation.realised[:, number] > 0, simulation.realised[:, number], math.nan)
         asked = np.where(simulation.asked[:, number] > 0, simulation.asked[:, number], math.nan)
-        axes.step(simulation.at, asked, "--", where="post", color=colour, linewidth=1.0, alpha=0.75)
-        axes.plot(simulation.at, realised, line, color=colour, linewidth=1.3 if many else 1.9, label=source.source)
+        axes.step(simulation.at, asked, "--", where="post", color=colour, linewidth=1.0, alpha=0.4 if many else 0.75)
+        # Thinner one after the other: of lines that lie on each other all are seen.
+        width = 1.3 if many else 3.4 - 2.2 * number / FEW
+        axes.plot(simulation.at, realised, line, color=colour, linewidth=width, label=source.source)
         if source.end is not None:
             at = min(int(simulation.at.searchsorted(source.end.through)), len(simulation.at) - 1)
             axes.plot(simulation.at[at], simulation.realised[at, number], "X", color=colour, markersize=8,
@@ -77,13 +81,15 @@ def _draw_shares(simulation: Simulation, axes: Any, colours: list[Any], many: bo
     axes.set_xlabel("step")
     axes.set_ylabel("share of tokens so far")
     axes.margins(x=0.01)
+    # The first steps' shares jump between few whole sequences; they may leave the picture.
+    settled = simulation.realised[len(simulation.realised) // 50 :]
+    most = max(float(simulation.asked.max()), float(settled.max()))
     if many:
         axes.set_yscale("log")
         drawn = [source.share_realised for source in simulation.sources if source.share_realised > 0]
-        asked_most = float(simulation.asked.max())
-        axes.set_ylim(min(drawn) / 2, min(1.0, 2 * max(asked_most, max(drawn))))
+        axes.set_ylim(min(drawn) / 2, min(1.0, 1.5 * most))
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, min(1.02, 1.12 * most))
     axes.plot([], [], "--", color="#555555", linewidth=1.0, label="asked in that step")
     if any(source.end for source in simulation.sources):
         axes.plot([], [], "X", color="#555555", markeredgecolor="white", markersize=8, label="source is through")
@@ -114,18 +120,23 @@ def _draw_epochs(simulation: Simulation, axes: Any, colours: list[Any], order: l
         top = max(top, *(limit for _, limit in near), 0)
     if top > MANY_EPOCHS:
         axes.axhline(MANY_EPOCHS, color="#b00020", linewidth=1.0, linestyle=":", label=f"{MANY_EPOCHS} epochs")
-    for place, source in enumerate(sources):
-        said = (
-            "?" if source.epochs is None else f"{source.epochs:.2f}" if source.epochs < 9.95 else f"{epochs[place]:.0f}"
-        )
-        high = max(epochs[place] + errors[place], 0)
-        axes.annotate(said, (place, high), (0, 2), textcoords="offset points", ha="center", va="bottom",
-                      fontsize=6.5 if many else 9, rotation=90 if many else 0)  # fmt: skip
+    # The numbers stand with the names: above the bars they would run into the marks.
     names = [s.source if len(s.source) <= NAME_LENGTH else s.source[: NAME_LENGTH - 1] + "…" for s in sources]
+    between = "  " if many else "\n"
+    names = [name + between + _said(source.epochs) for name, source in zip(names, sources, strict=True)]
     axes.set_xticks(places, names, rotation=90 if many else 0, fontsize=7.5 if many else 9.5)
     axes.set_xlim(-0.6, len(sources) - 0.4)
-    axes.set_ylim(0, 1.2 * top)
+    drawn = sorted(epoch for epoch in epochs if epoch > 0)
+    if drawn and top > WIDE * drawn[len(drawn) // 2]:
+        axes.set_yscale("log")
+        axes.set_ylim(drawn[0] / 2, top * (top / drawn[0]) ** 0.25)
+    else:
+        axes.set_ylim(0, 1.2 * top)
     axes.set_ylabel("epochs (estimated)")
     axes.grid(axis="x", visible=False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _said(epochs: float | None) -> str:
+    return "?" if epochs is None else f"{epochs:.2f}" if epochs < 9.995 else f"{epochs:,.0f}"

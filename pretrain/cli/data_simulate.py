@@ -1,6 +1,7 @@
 """`headrace data simulate`: what a run will draw from each source, before it is started."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from headrace.errors import ConfigError
 if TYPE_CHECKING:
     from data_scheduler.assumed_losses import RecordedLosses
     from data_scheduler.simulate import Simulation, SourceOutcome
+    from data_scheduler.token_estimate import TokenEstimate
 
 
 def simulate(
@@ -30,6 +32,7 @@ def simulate(
 
     Reads file sizes and some 256 KB of every source; nothing else, and no model.
     """
+    from data_scheduler.dry_run import DryRun
     from data_scheduler.simulate import estimate_sources
     from data_scheduler.simulate import simulate as simulate_steps
     from pretrain.config import load_data_config
@@ -40,6 +43,7 @@ def simulate(
     if number is None:
         raise ConfigError(f"{config} has no train.steps; give --steps N")
     recorded = None if losses is None else _recorded(losses, [source.name for source in data.sources])
+    DryRun(data, losses=recorded)  # says what is wrong with policy and weights before any file is looked at
     simulation = simulate_steps(data, estimate_sources(data), number, recorded)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +94,7 @@ def _print(simulation: "Simulation", config: Path, picture: Path) -> None:
         "realised",
         "sequences",
         "tokens",
+        "tokens in an epoch",
         "epochs",
         "passes 1, 2, 4, … at step",
         "through at",
@@ -103,6 +108,7 @@ def _print(simulation: "Simulation", config: Path, picture: Path) -> None:
             f"{source.share_realised:.4f}",
             f"{source.sequences:,}",
             f"{source.tokens:,}",
+            _per_epoch(source.estimate),
             _epochs(source),
             ", ".join(f"{step:,}" for step in source.epochs_passed.values()) or "-",
             "-" if source.end is None else f"{source.end.through:,}",
@@ -111,12 +117,20 @@ def _print(simulation: "Simulation", config: Path, picture: Path) -> None:
     print(f"no source was ever off by more than {simulation.most_owed:.3f} sequences")
     for line in (*simulation.notes, *(f"warning: {warning}" for warning in simulation.warnings())):
         print(line)
+    rests_on: dict[str, list[str]] = {}
     for source in simulation.sources:
-        estimate = source.estimate
-        if estimate.tokens:
-            off = "" if source.epochs_error is None else f" ± {100 * estimate.error:.1f} %"
-            print(f"{source.source}: about {estimate.tokens:,.0f} tokens{off} an epoch ({estimate.why})")
+        rests_on.setdefault(source.estimate.why, []).append(source.source)
+    for why, names in rests_on.items():
+        print(f"tokens in an epoch of {', '.join(names)}: {why}")
     print(f"plot: {picture}")
+
+
+def _per_epoch(estimate: "TokenEstimate") -> str:
+    if not estimate.tokens:
+        return "?"
+    if math.isinf(estimate.error):
+        return f"{estimate.tokens:,.0f} ±?"
+    return f"{estimate.tokens:,.0f}" + (f" ±{100 * estimate.error:.1f} %" if estimate.error else "")
 
 
 def _epochs(source: "SourceOutcome") -> str:
