@@ -192,7 +192,7 @@ def test_predicted_ends_are_near_the_real_ones(capped: Make) -> None:
     for event in scheduler.journal.of("capped"):
         end = next(source.end for source in simulation.sources if source.source == event.data["source"])
         assert end is not None
-        assert end.through == pytest.approx(event.data["reported"], rel=0.15)
+        assert end.through == pytest.approx(event.data["reported"], rel=0.2)  # of some 50 steps
 
 
 def test_a_run_without_data_left_ends(capped: Make) -> None:
