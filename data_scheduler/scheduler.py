@@ -14,6 +14,7 @@ lanes 0 and 2, rank 1 those of 1 and 3. With DP = 1 one rank packs all four, the
 `Scheduler` knows numpy only; `data_scheduler.dataset.DataScheduler` is the same thing as a PyTorch `IterableDataset`.
 """
 
+import atexit
 import os
 import threading
 import time
@@ -149,6 +150,8 @@ class Scheduler:
         else:
             if self._loader is None:
                 self._loader = Loader(self._produce, self.config.prefetch)
+                # An interpreter that ends while the thread encodes or reads waits for it and it for the interpreter.
+                atexit.register(self.close)
             produced = self._loader.get()
         produced.batch.wait_s = time.perf_counter() - began
         self._consumed.consume(produced.touched, produced.owed, produced.asked, produced.width)
@@ -245,6 +248,7 @@ class Scheduler:
                 self._report_arrived.notify_all()
             self._loader.stop()
             self._loader = None
+            atexit.unregister(self.close)
 
     # -- producing -----------------------------------------------------------------------------------------------
 
