@@ -91,8 +91,8 @@ class Plan:
         """name → max_epochs, None for no limit"""
         self.grown: dict[str, list[Growth]] = {}
         """Files that joined a source after it entered the run, in the order of their joining."""
-        self.capped: dict[str, Cap] = {}
-        """Sources of which every lane has reached its limit."""
+        self.capped: dict[str, list[Cap]] = {}
+        """When every lane of a source had reached its limit; again after files joined or the limit was raised."""
         for event in journal.events:
             self.apply(event)
 
@@ -109,7 +109,8 @@ class Plan:
             growth = Growth(event.step, data.pop("reported"), data)
             self.grown[data["source"]] = [*self.grown.get(data["source"], []), growth]
         elif event.kind == "capped":
-            self.capped[event.data["source"]] = Cap(**event.data, step=event.step)
+            cap = Cap(**event.data, step=event.step)
+            self.capped[cap.source] = [*self.capped.get(cap.source, []), cap]
         elif event.kind in ("resumed", "rollback"):
             for timeline in (self.mixture, self.shape, self.limits):
                 timeline.take_back(event.step)
@@ -118,16 +119,15 @@ class Plan:
                 name: [growth for growth in all_of if growth.reported < event.step]
                 for name, all_of in self.grown.items()
             }
-            self.capped = {name: cap for name, cap in self.capped.items() if cap.reported < event.step}
+            self.capped = {
+                name: [cap for cap in caps if cap.reported < event.step] for name, caps in self.capped.items()
+            }
 
     def is_capped(self, source: str, step: int) -> bool:
         """Whether the source gives nothing at `step` because it has reached the limit that holds there."""
-        cap = self.capped.get(source)
-        if cap is None or cap.step > step:
-            return False
-        return (self.limits.at(step) or {}).get(source) == cap.max_epochs and self.generations(
-            source, step
-        ) == cap.generations
+        at_step = ((self.limits.at(step) or {}).get(source), self.generations(source, step))
+        caps = self.capped.get(source, [])
+        return any(cap.step <= step and (cap.max_epochs, cap.generations) == at_step for cap in caps)
 
     def generations(self, source: str, step: int) -> int:
         """How often the source has got files by `step`: 1 and its growths so far."""

@@ -207,9 +207,9 @@ class Scheduler:
         """
         for name in exhausted:
             limit = self.plan.limits.at(step).get(name)
-            known = self.plan.capped.get(name)
             seen = self.plan.generations(name, step)
-            if limit is not None and (known is None or (known.max_epochs, known.generations) != (limit, seen)):
+            known = [(cap.max_epochs, cap.generations) for cap in self.plan.capped.get(name, [])]
+            if limit is not None and (limit, seen) not in known:
                 data = {"source": name, "max_epochs": limit, "generations": seen, "reported": step}
                 self._record("capped", step + self.config.policy.horizon, data, "system")
         report = Feedback(step, dict(source_loss), dict(source_tokens))

@@ -318,7 +318,7 @@ def _outcome(run: DryRun, number: int, volume: Volume, sums: _Sums, at: Int64, a
 def _end(run: DryRun, number: int, at: Int64, asked: Floats) -> End | None:
     """How a source ended, if it did. `at`, `asked`: the mixture at some steps."""
     name = run.names[number]
-    cap = run.plan.capped.get(name)
+    cap = next(iter(run.plan.capped.get(name, [])), None)
     if cap is None:
         return None
     # Where the run ends before that step, the shares of its last one.
