@@ -71,7 +71,7 @@ def test_works_without_the_trainers_packages(
 ) -> None:
     config = data_config(prefetch=2)
     command = [sys.executable, "-c", BLOCK + code, json.dumps(blocked), config.model_dump_json()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     batch = next(Scheduler(config))
     expected = batch_sha256(batch.digests) if code == NUMPY else str(int(batch.tokens.sum()))
