@@ -91,22 +91,20 @@ def index(
 def replay(
     run: Run,
     steps: Annotated[str, typer.Option(metavar="A:B", help="First and last step, both included.")],
-    sha256: Annotated[bool, typer.Option("--sha256", help="Print `step sha256` only, for other programs.")] = False,
+    sha256: Annotated[
+        bool, typer.Option("--sha256", help="Compare with what `metrics.jsonl` recorded; exit code 3 if one differs.")
+    ] = False,
 ) -> None:
-    """Make past batches again from the raw files and compare their hashes with those in `metrics.jsonl`.
-
-    Exit code 3 when a batch is another than the one the run was trained on.
-    """
+    """Make past batches again from the raw files and print `step sha256`, as recorded in `metrics.jsonl`."""
     from data_scheduler.batch import batch_sha256
     from data_scheduler.replay import recorded_hashes
     from data_scheduler.replay import replay as replay_steps
 
     first, last = _parse_steps(steps)
-    recorded, differing = recorded_hashes(run), []
+    recorded, differing = recorded_hashes(run) if sha256 else {}, []
     for batch in replay_steps(run, first, last):
         found, before = batch_sha256(batch.digests), recorded.get(batch.step)
-        verdict = "not in metrics.jsonl" if before is None else "as recorded" if found == before else "DIFFERS"
-        print(batch.step, found, *([] if sha256 else [verdict]), flush=True)
+        print(batch.step, found, flush=True)
         if before not in (None, found):
             differing.append(batch.step)
     if differing:
