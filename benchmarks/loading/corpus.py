@@ -13,6 +13,7 @@ real text, and every eighth does not, which is more misses than real text has. `
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -37,6 +38,8 @@ WARM_PERCENT = 8
 SHARD_BYTES = 8_000_000
 ROW_GROUP_BYTES = 4_000_000
 SMALLEST, LARGEST = 200, 400_000  # characters of a document
+PIECE = 2_000  # characters of a document cut from a module
+FEWEST = 2 * -(-100 // WARM_PERCENT)  # documents of a kind, so that its warm-up has at least two
 # Llama 3's: letters with the sign before them, up to three digits, punctuation with the newlines after it.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -157,6 +160,12 @@ def _collect(wanted: int) -> tuple[dict[str, list[str]], int]:
         spare = max(0.0, budget - sizes[kind])
     texts["python"], more = _take(_readable(iter(candidates[KINDS[6][2]])), spare, seen, texts["python"])
     sizes["python"] += more
+    modules = _readable(iter(candidates[KINDS[6][2]]))
+    for kind in NAMES:
+        if len(texts[kind]) < FEWEST:
+            cut = _cut_up(modules, FEWEST - len(texts[kind]))
+            texts[kind], more = _take(cut, float("inf"), seen, texts[kind])
+            sizes[kind] += more
     real = sum(sizes.values())
     turn = 0
     while (missing := wanted - sum(sizes.values())) > 100_000 and real:
@@ -207,6 +216,12 @@ def _docstrings(paths: Iterator[Path]) -> Iterator[str]:
         document = "\n\n".join(found.strip() for found in _DOCSTRING.findall(text))
         if len(document) >= SMALLEST:
             yield document
+
+
+def _cut_up(texts: Iterator[str], wanted: int) -> Iterator[str]:
+    """`wanted` documents of PIECE characters; no two are cut from the same text at the same place."""
+    pieces = (text[i : i + PIECE] for text in texts for i in range(0, len(text) - PIECE + 1, PIECE))
+    return itertools.islice(pieces, wanted)
 
 
 def _take(

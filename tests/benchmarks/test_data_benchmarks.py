@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.loading import corpus
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -26,6 +29,21 @@ def run(script: str, *words: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_a_bare_machine_still_has_eight_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's slim images carry no manuals, no headers and hardly a script; Python's own modules are always there."""
+    standard = Path(sysconfig.get_path("stdlib"))
+    modules = [path for path in sorted(standard.glob("*.py")) if path.is_file()]
+    nothing = {suffixes: [] for _, _, suffixes in corpus.KINDS if suffixes}
+    monkeypatch.setattr(corpus, "_candidates", lambda: {**nothing, corpus.KINDS[6][2]: modules})
+    facts = corpus.build(tmp_path / "corpus", 1, lambda line: None)
+    assert all(kind["documents"] > 0 and kind["tokens"] > 0 for kind in facts["kinds"].values())
+    for split in ("main", "warm"):
+        for suffix in ("jsonl", "jsonl.zst", "parquet"):
+            found = corpus.files(tmp_path / "corpus", split, 8, suffix)
+            assert all(found.values()), found
+            assert len(found) == 8
 
 
 def test_throughput_measures_hashes_and_draws(work: Path) -> None:
