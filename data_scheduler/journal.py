@@ -32,7 +32,7 @@ Kind = Literal[
     "eval_every",
     "stop_at",
     "paused",
-    "saved_on_request",
+    "save_asked",
     "quarantine",
     "undone",
     "source_added",
