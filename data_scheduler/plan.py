@@ -118,7 +118,7 @@ class Plan:
             self.settings[event.kind].put(Entry(event.step, event.seq, data["value"], event.by, command))
         elif event.kind == "quarantine":
             self._quarantines = self._quarantines | {
-                data["source"]: [*self._quarantines.get(data["source"], []), (event.step, data["command"])]
+                data["source"]: [*self._quarantines.get(data["source"], []), (event.step, data.get("command", ""))]
             }
         elif event.kind == "source_added" and event.by.startswith("user:"):
             self.added[data["source"]["name"]] = (event.step, data["source"]["weight"])
