@@ -258,6 +258,25 @@ def test_a_source_under_quarantine_gives_nothing_until_that_is_undone(data_confi
     scheduler.close()
 
 
+def test_a_policy_that_wants_nothing_but_what_is_under_quarantine_does_not_end_the_run(
+    data_config: Make, tmp_path: Path
+) -> None:
+    stages = {"stages": [{"from_step": 4, "weights": {"a": 1.0}}]}
+    config = data_config(policy={"kind": "schedule", "options": stages})
+    scheduler = Scheduler(config, run_dir=tmp_path)
+    next(scheduler)
+    for number, name in enumerate("abc"):
+        decision = named(decide_quarantine(NAMES, name, scheduler.plan, scheduler.earliest_change))
+        check_something_left(scheduler.journal, decision, "user:ada")
+        scheduler.take(decision, "user:ada")
+        counts = np.sum([shares(scheduler) for _ in range(4)], axis=0)
+        assert not counts[: number + 1].any()
+        assert counts[number + 1 :].all()
+    with pytest.raises(RefusedError, match="no source with a weight would be left"):
+        check_something_left(scheduler.journal, decide_quarantine(NAMES, "d", scheduler.plan, 20), "user:ada")
+    assert all(not (batch.source_ids[:] < 3).any() for batch in replay(tmp_path, 9, 12))
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
