@@ -364,6 +364,35 @@ def test_the_client_says_when_the_run_is_gone(serve: Any, tmp_path: Path) -> Non
         ByHttp.of_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b"junk\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{",
+        b"HTTP/1.1 409 Conflict\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_an_answer_that_is_cut_short_is_none(reply: bytes) -> None:
+    """As of a run that is killed while it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(reply)
+
+        peer = threading.Thread(target=answer)
+        peer.start()
+        way = ByHttp(f"http://127.0.0.1:{listener.getsockname()[1]}", "x" * 20)
+        with pytest.raises(UnreachableError, match="journal says whether the command was taken"):
+            ask(way, {"command": "pause"}, "", 5)
+        peer.join()
+
+
 def test_https_with_files_of_ones_own(serve: Any, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(
