@@ -290,6 +290,16 @@ def test_what_would_leave_nothing_is_refused(data_config: Make) -> None:
     check_something_left(scheduler.journal, decide_quarantine(NAMES, "b", scheduler.plan, 1), "user:ada")
 
 
+def test_a_run_may_be_changed_before_its_first_step(data_config: Make) -> None:
+    scheduler = Scheduler(data_config())
+    for decision in (Decision("stop_at", 0, {"value": 4}), decide_quarantine(NAMES, "a", scheduler.plan, 0)):
+        check_something_left(scheduler.journal, decision, "user:ada")
+        scheduler.take(named(decision), "user:ada")
+    assert shares(scheduler)[0] == 0
+    with pytest.raises(RefusedError, match="at step 1 no source"):
+        check_something_left(scheduler.journal, mix(scheduler, {"a": 1.0}), "user:ada")
+
+
 @pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": -1.0}, {"a": float("nan")}, {"a": float("inf")}, {"z": 1.0}])
 def test_weights_that_are_none_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(RefusedError):
