@@ -5,6 +5,7 @@ journal are enough to replay a run.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
 
 
+MOST_LANES = 240
+"""Lanes there are when nobody asks for more."""
 OPEN_BYTES = 1 << 30
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 << 10, 4 << 20
 Share = Annotated[float, Field(ge=0.0)]
@@ -91,6 +94,13 @@ class PolicyConfig(StrictModel):
     than `prefetch`, so that batches prepared ahead never wait for a step that waits for them."""
 
 
+def default_lanes(data: Mapping[str, Any]) -> int:
+    """Lanes for the `global_batch_size` in `data`: as few as allow every data-parallel size up to MOST_LANES that the
+    batch allows. More would cut small sources finer than they can be (docs/decisions/009)."""
+    batch = data.get("global_batch_size", MOST_LANES)  # not there when it was refused
+    return max(lanes for lanes in range(1, MOST_LANES + 1) if batch % lanes == 0)
+
+
 class DataConfig(StrictModel):
     """The data scheduler's whole configuration."""
 
@@ -102,9 +112,10 @@ class DataConfig(StrictModel):
     """Tokens the model sees per sequence; a packed sequence holds `seq_len + 1`."""
     global_batch_size: Annotated[int, Field(ge=1)] = 240
     """Sequences per step, over all data-parallel ranks."""
-    lanes: Annotated[int, Field(ge=1, le=65536)] = 240
+    lanes: Annotated[int, Field(ge=1, le=65536, default_factory=lambda data: default_lanes(data))]
     """Independent streams the data is dealt to; every data-parallel size that divides both this and the global batch
-    size gives the same global batches."""
+    size gives the same global batches. Default: the largest divisor of the global batch size up to 240. A run keeps
+    what it began with."""
     seed: int = 0
     """Seed of every permutation of chunks, documents and slots."""
     packing: Literal["split", "best_fit"] = "split"

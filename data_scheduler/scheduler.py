@@ -27,7 +27,7 @@ import numpy as np
 from data_scheduler.batch import Batch, BoolArray, Int32, RejectedRecord, Segments
 from data_scheduler.config import DataConfig
 from data_scheduler.encoder import Encoder, load_encoder
-from data_scheduler.identity import check_same_run, sample_texts
+from data_scheduler.identity import beginning, check_same_run, sample_texts, settle
 from data_scheduler.journal import Event, Journal, Kind
 from data_scheduler.lane import ExhaustedError, LaneStream, Position
 from data_scheduler.layout_index import LayoutIndex
@@ -85,7 +85,6 @@ class Scheduler:
         `grow` on all. With `hashing` the digests of batches are made along with them, in the loader's thread, and not
         when they are first asked for. Raises ConfigError, LayoutError or DataError.
         """
-        check_layout(config, dp_rank, dp_size)
         self._replaying, self._hashing = replaying, hashing
         self.names = [source.name for source in config.sources]
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -94,8 +93,8 @@ class Scheduler:
             journal = Journal(path, writable=dp_rank == 0 and not replaying)
         self.journal = journal
         fresh = not journal.events
-        begun_with = None if fresh else journal.events[0].data["data"]["chunk_bytes"]
-        self.config = config = config.model_copy(update={"chunk_bytes": begun_with or config.settled_chunk_bytes})
+        self.config = config = settle(config, None if fresh else beginning(journal).data["data"])
+        check_layout(config, dp_rank, dp_size)
         known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
         for manifest in [*known.values(), *(Manifest.from_data(event.data) for event in journal.of("grown"))]:
             check_unchanged(manifest)
