@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_scheduler.batch import Batch, BoolArray, Int32, RejectedRecord, Segments
+from data_scheduler.batch import Batch, RejectedRecord, Segments
 from data_scheduler.config import DataConfig
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import beginning, check_same_run, sample_texts, settle
@@ -41,6 +41,7 @@ from data_scheduler.packing import Carry, Packer
 from data_scheduler.paths import list_files
 from data_scheduler.plan import Growth, Plan
 from data_scheduler.policies import Feedback, make_policy
+from data_scheduler.sequences import BoolArray, Int32
 from data_scheduler.source import SourceReader
 from data_scheduler.state import EXHAUSTED, State, Touched
 from data_scheduler.unit_cache import UnitCache

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_scheduler.batch import Int32
 from data_scheduler.lane import Position
 from data_scheduler.order import Int64
 from data_scheduler.packing import Carry
 from data_scheduler.policies import Feedback
+from data_scheduler.sequences import Int32, count
 from headrace.errors import CheckpointError, ConfigError
 
 VERSION = 2
@@ -81,11 +81,18 @@ class State:
     def consume(self, touched: list[Touched], owed: Int64, asked: tuple[Int64, Int32], width: int) -> None:
         """Count one step as delivered: the sequences `asked` of (lanes, sources), of `width` tokens each."""
         sources = len(self.names)
-        places = [lane * sources + source for lane, source, _, _ in touched]
+        places = [
+            lane * sources + source if carry.bins != EXHAUSTED else ~(lane * sources + source)
+            for lane, source, _, carry in touched
+        ]
         rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32).reshape(-1, PLACE)
-        self.positions.reshape(-1, PLACE)[places] = rows  # of a pair that was touched twice the last place stays
-        given = [place for place, (*_, carry) in zip(places, touched, strict=True) if carry.bins != EXHAUSTED]
-        np.add.at(self.given.reshape(-1, 2), given, (1, width))
+        count(
+            np.array(places, np.int64),
+            rows,
+            self.positions.reshape(-1, PLACE),
+            self.given.reshape(-1, 2),
+            width,
+        )
         self.owed = owed
         np.add.at(self.asked, asked, 1)
         self.step += 1

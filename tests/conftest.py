@@ -8,8 +8,8 @@ from small_corpus import corpus, data_config
 
 __all__ = ["corpus", "data_config"]
 
-# The same examples every time, so that a run of the tests says something about the code; HYPOTHESIS_PROFILE=search draws
-# new ones, to look for what these miss.
+# The same examples every time, so that a run of the tests says something about the code.
+# HYPOTHESIS_PROFILE=search draws new ones, to look for what these miss.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
