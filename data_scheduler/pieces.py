@@ -66,7 +66,8 @@ class Pieces:
 
     def are(self, cut: str) -> npt.NDArray[np.bool_]:
         """bool[pieces], which are cut so."""
-        return self.cut == CUTS.index(cut)
+        found: npt.NDArray[np.bool_] = self.cut == CUTS.index(cut)
+        return found
 
     @staticmethod
     def joined(tables: Sequence["Pieces"]) -> "Pieces":
