@@ -83,7 +83,7 @@ def measure_index(files: int, sources: int, lanes: int) -> tuple[dict[str, Any],
         used, chunks = cpu(lambda manifest=manifest, config=config: manifest.chunks(config, CHUNK_BYTES, lanes))
         chunk_mb += max(0.0, rss_mb() - before)
         seconds += used
-        sizes.append(np.array([chunk.size for chunk in chunks], np.int64))
+        sizes.append(chunks.sizes())
         del chunks
     chunks_total = sum(map(len, sizes))
     return {

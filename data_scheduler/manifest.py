@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from data_scheduler.chunks import TEXT_PER_COMPRESSED_BYTE, Chunk, Piece, cut_pieces
+from data_scheduler.chunks import Chunks, cut_pieces
 from data_scheduler.config import SourceConfig
-from data_scheduler.formats.records import Unit
 from data_scheduler.layout_index import LayoutIndex, Layouts
 from data_scheduler.listing import BATCH, THREADS, File
-from data_scheduler.paths import file_kind, is_url, list_files
-from data_scheduler.reading import TOKEN_KINDS, layout_units
+from data_scheduler.paths import is_url, list_files
+from data_scheduler.pieces import Pieces, pieces_of
 from headrace.errors import DataError
 
 
@@ -82,7 +81,7 @@ class Manifest:
                     row_groups[folder + name] = [(rows, text) for rows, text in layout[0]]
         return Manifest(data["source"], files, row_groups)
 
-    def chunks(self, config: SourceConfig, chunk_bytes: int, lanes: int) -> list[Chunk]:
+    def chunks(self, config: SourceConfig, chunk_bytes: int, lanes: int) -> Chunks:
         """The chunks of the source, in file order; a pure function of the manifest and the arguments.
 
         Chunks are `chunk_bytes` of text where a file can be cut there, smaller when the source would otherwise not give
@@ -90,21 +89,9 @@ class Manifest:
         """
         return cut_pieces(self.pieces(config), chunk_bytes, lanes)
 
-    def pieces(self, config: SourceConfig) -> list[Piece]:
+    def pieces(self, config: SourceConfig) -> Pieces:
         """The units of every file that is not empty, with their text and how they can be cut."""
-        return [piece for path, size in self.files for piece in self._pieces(path, size, config)]
-
-    def _pieces(self, path: str, size: int, config: SourceConfig) -> list[Piece]:
-        if size == 0:
-            return []
-        kind, compression = file_kind(path, config.format)
-        if path in self.row_groups:
-            layout = self.row_groups[path]
-            units = layout_units(path, config.format, layout)
-            how = "documents" if kind in TOKEN_KINDS else "rows"
-            return [Piece(unit, max(1, text), how) for unit, (_, text) in zip(units, layout, strict=True)]
-        how = "records" if kind != "jsonl" else "bytes" if compression is None else "lines"
-        return [Piece(Unit(path, 0, -1), size * (TEXT_PER_COMPRESSED_BYTE if compression else 1), how)]
+        return pieces_of(self.files, self.row_groups, config.format)
 
 
 def check_unchanged(manifest: Manifest) -> None:

@@ -206,7 +206,7 @@ def estimate_sources(config: DataConfig) -> list[Volume]:
 
 def _lane_bytes(reader: SourceReader, epochs: int) -> Int64:
     """Text that each lane is dealt in the first epochs, int64[lanes]."""
-    sizes = np.array([chunk.size for chunk in reader.chunks], np.int64)
+    sizes = reader.chunks.sizes()
     lanes = range(reader.lanes)
     dealt = [[int(sizes[reader.hand(epoch, lane)].sum()) for lane in lanes] for epoch in range(epochs)]
     total: Int64 = np.array(dealt, np.int64).sum(axis=0)

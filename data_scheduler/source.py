@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_scheduler.batch import RejectedRecord
+from data_scheduler.chunks import Chunks
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, Tokens
 from data_scheduler.formats.records import Document, Records
@@ -75,15 +76,16 @@ class SourceReader:
 
     def grow(self, more: Sequence[Manifest]) -> None:
         """Take `more` for the files that joined the source after it entered the run, in the order of their joining."""
-        self.manifest, self.chunks = self._original, []
-        self._firsts = [0]
+        self.manifest, self._firsts = self._original, [0]
+        tables = []
         for number, manifest in enumerate([self._original, *more]):
             self.manifest = self.manifest.with_more(manifest) if number else manifest
-            self.chunks += manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes)
-            self._firsts.append(len(self.chunks))
+            tables.append(manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes))
+            self._firsts.append(self._firsts[-1] + len(tables[-1]))
+        self.chunks = Chunks.joined(tables)
         units = UnitReader(self.config, self.encoder.eos_id, self.encoder.vocab_size, dict(self.manifest.files))
         self._parts = PartReader(self.config, self.manifest, self._data, units, self._cache)
-        self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
+        self._sizes = self.chunks.sizes()
         self._hands.clear()
 
     def generation_of(self, chunk: int) -> int:

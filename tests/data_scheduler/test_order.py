@@ -1,8 +1,10 @@
+import hashlib
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_scheduler.order import deal, permutation
+from data_scheduler.order import deal, draws, permutation
 
 
 @given(st.integers(0, 500), st.integers(0, 2**63), st.text(max_size=10))
@@ -29,3 +31,22 @@ def test_dealing_gives_each_chunk_once_and_balances_within_one_chunk(sizes: list
     assert sorted(np.concatenate(hands).tolist()) == list(range(len(sizes)))
     loads = [int(array[hand].sum()) for hand in hands]
     assert max(loads) - min(loads) <= max(sizes)
+
+
+@given(st.integers(0, 40), st.lists(st.one_of(st.integers(-5, 1 << 70), st.text(max_size=5)), max_size=4))
+def test_draws_are_the_philox_stream_of_the_keys_hash(size: int, key: list[int | str]) -> None:
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
+    assert (draws(size, *key) == np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size)).all()
+
+
+@given(st.lists(st.integers(0, 9), max_size=200), st.integers(1, 40), st.integers(0, 99), st.sampled_from([1, 1 << 30]))
+def test_each_chunk_goes_to_the_emptiest_lane(sizes: list[int], lanes: int, seed: int, scale: int) -> None:
+    array = np.array(sizes, np.int64) * scale
+    order, seats = permutation(len(sizes), seed), permutation(lanes, seed, "lanes")
+    hands: list[list[int]] = [[] for _ in range(lanes)]
+    loads = [0] * lanes
+    for chunk in order.tolist():
+        turn = loads.index(min(loads))
+        hands[int(seats[turn])].append(chunk)
+        loads[turn] += int(array[chunk])
+    assert [hand.tolist() for hand in deal(array, order, seats)] == hands
