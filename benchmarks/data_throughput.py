@@ -102,7 +102,7 @@ ARMS = [
     Arm("mosaic", "mosaicml-streaming MDS", "tokens", "peers:mosaic", "mosaic"),
     _ours("ours_best_fit", "best-fit packing", "variant", "jsonl.zst", packing="best_fit"),
     _ours("ours_no_thread", "without the loader thread", "variant", "jsonl.zst", prefetch=0),
-    _ours("ours_lanes_24", "24 lanes", "variant", "jsonl.zst", lanes=24),
+    _ours("ours_lanes_240", "240 lanes", "variant", "jsonl.zst", lanes=240),
     _ours("ours_batch_256", "256 sequences a step", "variant", "jsonl.zst", batch=256),
     _ours("ours_seq_4096", "64 sequences of 4,096 a step", "variant", "jsonl.zst", seq_len=4096, batch=64),
     Arm("floor_decompress", "decompress .zst", "floor", "floors:decompress", once=True),
@@ -178,7 +178,7 @@ def _run(
         **arm.options,
     }  # fmt: skip
     if arm.run.startswith("ours:"):
-        config = {"lanes": options.lanes, **arm.options.get("config", {})}
+        config = {**({"lanes": options.lanes} if options.lanes else {}), **arm.options.get("config", {})}
         if "token_cache" in config:
             cache = folder / f"token-cache-{sources}"
             if not cache.exists():  # an epoch that writes it, not counted
@@ -309,7 +309,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sources", nargs="+", type=int, choices=(2, 8), default=[2, 8], help="the corpus as so many")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mb", type=int, default=200, help="megabytes of text to measure on")
-    parser.add_argument("--lanes", type=int, default=240, help="data.lanes of our arms")
+    parser.add_argument("--lanes", type=int, help="data.lanes of our arms (default: the scheduler's)")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="the core to pin to")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="corpus, conversions, environment")
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install as the peers' torch")

@@ -287,11 +287,12 @@ class Scheduler:
         source_ids = sources[own].astype(np.int64)
         packed: list[Segments] = []
         touched: list[Touched] = []
-        for row, (slot, source) in enumerate(zip(own.tolist(), source_ids.tolist(), strict=True)):
-            sequence, lane = self._sequences + slot, int(lanes[slot])
-            given, segments = self._pack(lane, sequence, source, shares, tokens[row], touched)
+        asked = zip(own.tolist(), lanes[own].tolist(), source_ids.tolist(), tokens, strict=True)
+        for row, (slot, lane, source, out) in enumerate(asked):
+            given, segments = self._pack(lane, self._sequences + slot, source, shares, out, touched)
             packed.append(segments)
-            source_ids[row] = given
+            if given != source:
+                source_ids[row] = given
         batch = Batch(
             step,
             tokens,
@@ -372,7 +373,7 @@ class Scheduler:
     def _apply_limits(self, step: int) -> None:
         """Let the readers see the files and keep the limits of `step`, and find the lanes that are through."""
         limits = self.plan.limits.at(step) or {}
-        seen = [self.plan.generations(name, step) for name in self.names]
+        seen = [self.plan.generations(name, step) if self.plan.grown else 1 for name in self.names]
         if limits == self._limits and seen == self._generations:
             return
         self._limits, self._generations = limits, seen

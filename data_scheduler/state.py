@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_scheduler.lane import Position
+from data_scheduler.mixture import ONCE
 from data_scheduler.order import Int64
 from data_scheduler.packing import Carry
 from data_scheduler.policies import Feedback
@@ -94,7 +95,7 @@ class State:
             width,
         )
         self.owed = owed
-        np.add.at(self.asked, asked, 1)
+        np.add.at(self.asked, asked, ONCE)
         self.step += 1
         self.sequences += len(asked[0])
 
