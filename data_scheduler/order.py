@@ -15,6 +15,7 @@ import itertools
 import math
 import struct
 import threading
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ def draws(size: int, *key: int | str) -> npt.NDArray[np.uint64]:
     generator: np.random.Philox | None = getattr(_generators, "philox", None)
     if generator is None:
         generator = _generators.philox = np.random.Philox(key=0)
-    generator.state = {
+    state: Any = {
         "bit_generator": "Philox",
         "state": {"counter": _ZERO, "key": _TWO_NUMBERS.unpack(digest)},
         "buffer": _ZERO,
@@ -41,6 +42,7 @@ def draws(size: int, *key: int | str) -> npt.NDArray[np.uint64]:
         "has_uint32": 0,
         "uinteger": 0,
     }
+    generator.state = state
     numbers: npt.NDArray[np.uint64] = generator.random_raw(size)
     return numbers
 
