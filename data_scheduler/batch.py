@@ -31,17 +31,17 @@ class Segments(NamedTuple):
     """float32[seq_len + 1]: weight of each token in the loss; None: all 1."""
 
 
-def sequence_digest(
-    source_id: int, starts: Int32, tokens: Int64 | npt.NDArray[np.uint32], weights: Float32 | None = None
-) -> bytes:
+def sequence_digest(source_id: int, starts: Int32, tokens: bytes | memoryview, weights: Float32 | None = None) -> bytes:
     """SHA-256 of a sequence, 32 bytes: source id, number of documents, their boundaries and token ids as little-endian
-    32-bit integers, then, where tokens have loss weights, these as 32-bit floats."""
-    head = struct.pack("<II", source_id, len(starts)) + starts.astype("<i4", copy=False).tobytes()
-    digest = hashlib.sha256(head)
-    digest.update(np.ascontiguousarray(tokens, "<u4").data)
+    32-bit integers, then, where tokens have loss weights, these as 32-bit floats. `tokens` are such integers."""
+    digest = hashlib.sha256(_TWO_NUMBERS.pack(source_id, len(starts)) + starts.astype("<i4", copy=False).tobytes())
+    digest.update(tokens)
     if weights is not None:
         digest.update(np.ascontiguousarray(weights, "<f4").data)
     return digest.digest()
+
+
+_TWO_NUMBERS = struct.Struct("<II")
 
 
 def batch_sha256(digests: list[bytes]) -> str:
@@ -88,9 +88,13 @@ class Batch:
     @cached_property
     def digests(self) -> list[bytes]:
         """Per sequence, its SHA-256."""
-        words = self.tokens.astype("<u4")
-        rows = zip(self.source_ids.tolist(), self.starts, words, self.weights, strict=True)
-        return [sequence_digest(source, starts, tokens, weights) for source, starts, tokens, weights in rows]
+        words = self.tokens.astype("<u4").data.cast("B")
+        size = 4 * self.tokens.shape[1]
+        rows = zip(self.source_ids.tolist(), self.starts, self.weights, strict=True)
+        return [
+            sequence_digest(source, starts, words[row * size : (row + 1) * size], weights)
+            for row, (source, starts, weights) in enumerate(rows)
+        ]
 
     @cached_property
     def _layout(self) -> tuple[Int32, Int64, Int64, BoolArray]:

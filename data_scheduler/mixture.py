@@ -115,8 +115,16 @@ def slots(counts: Int64, asked: Int32, lanes: Int64, *key: int | str) -> Int32:
     lay = _lay_few if len(lanes) <= FEW_SLOTS else _lay_many
     laid_out = np.empty(len(lanes), np.int32)
     laid_out[order] = lay(asked, lanes[order], wanted)
-    np.add.at(asked, (lanes, laid_out), ONCE)  # a lane may come twice; six times as fast as with an int64
+    tally(asked, lanes, laid_out)
     return laid_out
+
+
+def tally(asked: Int32, lanes: Int64, sources: Int32) -> None:
+    """Count in `asked` (int32[lanes, sources]) that each of `lanes` was asked for the source beside it."""
+    if len(lanes) <= FEW_SLOTS and len(set(lanes.tolist())) == len(lanes):
+        asked[lanes, sources] += ONCE
+    else:
+        np.add.at(asked, (lanes, sources), ONCE)  # a lane may come twice; six times as fast as with an int64
 
 
 def _lay_few(asked: Int32, lanes: Int64, wanted: list[tuple[int, int]]) -> list[int]:

@@ -293,17 +293,9 @@ class Scheduler:
             packed.append(segments)
             if given != source:
                 source_ids[row] = given
+        starts, ids, offsets, weights = map(list, zip(*packed, strict=True))
         batch = Batch(
-            step,
-            tokens,
-            [segments.starts for segments in packed],
-            source_ids,
-            [segments.document_ids for segments in packed],
-            [segments.offsets for segments in packed],
-            own,
-            [segments.weights for segments in packed],
-            self._exhausted(),
-            rejects=self._take_rejects(),
+            step, tokens, starts, source_ids, ids, offsets, own, weights, self._exhausted(), self._take_rejects()
         )
         if self._hashing:
             _ = batch.digests

@@ -9,13 +9,14 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_scheduler.lane import Position
-from data_scheduler.mixture import ONCE
+from data_scheduler.mixture import tally
 from data_scheduler.order import Int64
 from data_scheduler.packing import Carry
 from data_scheduler.policies import Feedback
@@ -86,7 +87,8 @@ class State:
             lane * sources + source if carry.bins != EXHAUSTED else ~(lane * sources + source)
             for lane, source, _, carry in touched
         ]
-        rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32).reshape(-1, PLACE)
+        numbers = chain.from_iterable(position + carry for _, _, position, carry in touched)
+        rows = np.fromiter(numbers, np.int32, PLACE * len(touched)).reshape(-1, PLACE)
         count(
             np.array(places, np.int64),
             rows,
@@ -95,7 +97,7 @@ class State:
             width,
         )
         self.owed = owed
-        np.add.at(self.asked, asked, ONCE)
+        tally(self.asked, *asked)
         self.step += 1
         self.sequences += len(asked[0])
 
