@@ -470,7 +470,7 @@ out: OUT
         (("out: OUT", "out: OUT\nexecutor: {kind: slurm, partition: x}"), r"prep.yaml:8: executor.time is required"),
         (("out: OUT", "out: OUT\nexecutor: {kind: slumr}"), r"prep.yaml:8: executor: no kind 'slumr' \(did you mean"),
         (("out: OUT", "out: s3://bucket"), r"out must be a folder, not a URL"),
-        (("out: OUT", "out: [OUT"), r"prep.yaml:\d+: not valid YAML"),
+        (("out: OUT", "out: [OUT"), r"prep.yaml:8:1: not valid YAML"),
         (("out: OUT", "out: OUT\nwords: qq"), r"words: 'qq' is not `plain` and no language code"),
         (("out: OUT", "out: OUT\nwords: en"), r"words: 'en': Please install `spacy`"),
         (("PATHS", "nowhere/*.jsonl"), r"input.paths: no file at nowhere/\*.jsonl"),
