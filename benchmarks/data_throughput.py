@@ -19,12 +19,11 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from loading import corpus, report
-from loading.machine import command, machine, versions
+from loading.result import circumstances, result_options, versions, write_result
 from rich.console import Console
 
 HERE = Path(__file__).parent
@@ -143,16 +142,13 @@ def main() -> None:
             known.append(_run(arm, sources, folder, facts, options, python))
             _say(repeat, key, known[-1])
         result = {
-            "command": command("data_throughput.py"),
-            "date": str(date.today()),
-            "machine": machine(),
+            **circumstances("data_throughput.py"),
             "versions": {"ours": versions(OUR_PACKAGES), "peers": versions(PEER_PACKAGES, python) if python else {}},
             "corpus": facts,
             "settings": {"seq_len": 2048, "batch": 8, "lanes": options.lanes, "repeats": repeat + 1},
             "arms": summary(runs),
         }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out, result)
     report.show(result, console)
     wrong = [arm["key"] for arm in result["arms"] if arm.get("same_tokens") is False]
     if wrong:
@@ -313,14 +309,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="the core to pin to")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="corpus, conversions, environment")
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install as the peers' torch")
-    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument(
         "--quick", action="store_true", help="2 MB, 24 lanes, two repeats, few arms: does it still run?"
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
-    )
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot writes")
+    result_options(parser, RESULT, PICTURE)
     options = parser.parse_args()
     if options.quick:
         options.mb, options.lanes, options.sources = 2, 24, [8]

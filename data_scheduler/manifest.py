@@ -17,7 +17,7 @@ from data_scheduler.layout_index import LayoutIndex, Layouts
 from data_scheduler.listing import File, looked_at
 from data_scheduler.paths import is_url, list_files
 from data_scheduler.pieces import Pieces, pieces_of
-from headrace.errors import DataError
+from headrace.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Manifest:
     def take(config: SourceConfig, index: LayoutIndex | None = None) -> "Manifest":
         """Look at the source's files now; with `index`, files it knows unchanged are not opened.
 
-        Raises ConfigError when there are none, DataError when all are empty.
+        Raises ConfigError when there are none, or all are empty.
         """
         with _no_collecting():
             return Manifest.of(config, list_files(config.paths, f"source {config.name!r}", config.format), index)
 
     @staticmethod
     def of(config: SourceConfig, files: list[File], index: LayoutIndex | None = None) -> "Manifest":
-        """The manifest of these files of a source. Raises DataError when all are empty."""
+        """The manifest of these files of a source. Raises ConfigError when all are empty."""
         if not any(file.size for file in files):
-            raise DataError(f"source {config.name!r}: all {len(files)} files are empty ({files[0].path}, …)")
+            raise ConfigError(f"source {config.name!r}: all {len(files)} files are empty ({files[0].path}, …)")
         layouts, problems = (index or LayoutIndex(None)).layouts(files, config.format, f"source {config.name!r}")
         for path, problem in problems.items():
             if config.on_error == "stop":

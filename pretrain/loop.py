@@ -19,7 +19,7 @@ import torch
 from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
 from data_scheduler.batch import Batch, RejectedRecord
 from data_scheduler.state import LANE_ARRAYS, Snapshots
-from headrace.errors import ConfigError, ExitCode
+from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout, validate
 from pretrain import checkpoint
@@ -262,6 +262,14 @@ class Run:
 
     def _open_folder(self) -> None:
         (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
+        latest = self.checkpoints.latest()
+        if latest is None or (self.run_dir / "journal.jsonl").exists():
+            return
+        if not checkpoint.read_meta(latest).get("weights_only", False):
+            raise CheckpointError(
+                f"{self.run_dir}: has checkpoints but no journal.jsonl; restore the file from a copy, or start a new "
+                "run folder: the order of the data cannot be known without it"
+            )
 
     def _write_config(self) -> None:
         """Only once the configuration has been accepted: a refused one must not replace that of the run."""

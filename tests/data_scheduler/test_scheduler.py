@@ -338,7 +338,7 @@ def test_layouts_that_do_not_divide_are_refused_with_the_nearest(data_config: Ma
     ("content", "error", "message"),
     [
         (None, ConfigError, "source 'x': no file at"),
-        (b"", DataError, "all 1 files are empty"),
+        (b"", ConfigError, "all 1 files are empty"),
         (b"\n\n", DataError, "too few"),
     ],
 )
