@@ -21,7 +21,7 @@ SAMPLE_BYTES = 4 << 20
 """Sources whose first file is at most this large have some of its documents encoded by both encoders at start."""
 
 
-def settle(config: DataConfig, begun: Mapping[str, Any] | None) -> DataConfig:
+def settled(config: DataConfig, begun: Mapping[str, Any] | None) -> DataConfig:
     """The configuration with the numbers that follow from others filled in, or, where it leaves them open, those that
     the run of `begun`, its journaled configuration, began with."""
     left_open = {"lanes", "chunk_bytes"} - {key for key in config.model_fields_set if getattr(config, key) is not None}

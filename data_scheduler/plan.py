@@ -1,55 +1,23 @@
-"""What the journal says about a step: its mixture and its shape.
+"""What the journal says about a step: its mixture and its shape, who decides, and what people asked of the run.
 
 Reading rule: events are taken in file order. `resumed` at step R takes back what policies and the configuration had
 decided for steps from R on (the resumed run decides them again, identically unless its configuration changed); what a
 person decided stays.
+
+Who decides the mixture of a step: a mixture that a person set holds until it is undone, or until a person or a changed
+configuration chooses a policy. Meanwhile the policy goes on listening.
 """
 
-from bisect import bisect_right
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
 
 from data_scheduler.journal import Event, Journal
+from data_scheduler.timeline import Entry, MixtureTimeline, Timeline
 
-
-@dataclass
-class Timeline:
-    """Step-stamped values; the newest entry at or before a step holds for it."""
-
-    steps: list[int] = field(default_factory=list)
-    values: list[Any] = field(default_factory=list)
-    by: list[str] = field(default_factory=list)
-
-    def put(self, step: int, value: Any, by: str) -> None:
-        """Set `value` from `step` on, replacing an entry at the same step."""
-        at = bisect_right(self.steps, step)
-        if at and self.steps[at - 1] == step:
-            self.values[at - 1], self.by[at - 1] = value, by
-        else:
-            self.steps.insert(at, step)
-            self.values.insert(at, value)
-            self.by.insert(at, by)
-
-    def at(self, step: int) -> Any:
-        """The value in force at `step`, None before the first entry."""
-        index = bisect_right(self.steps, step)
-        return self.values[index - 1] if index else None
-
-    def decided(self, step: int) -> bool:
-        """Whether an entry stands at exactly this step."""
-        index = bisect_right(self.steps, step)
-        return bool(index) and self.steps[index - 1] == step
-
-    def take_back(self, step: int) -> None:
-        """Remove entries from `step` on that no person made."""
-        kept = [
-            (at, value, by)
-            for at, value, by in zip(self.steps, self.values, self.by, strict=True)
-            if at < step or by.startswith("user:")
-        ]
-        self.steps = [at for at, _, _ in kept]
-        self.values = [value for _, value, _ in kept]
-        self.by = [by for _, _, by in kept]
+Setting = Literal["lr_scale", "eval_every", "stop_at", "paused"]
+SETTINGS: Final = get_args(Setting)
+"""Events about the trainer. They do not shape the data; they are here so that a resumed run finds them."""
 
 
 @dataclass(frozen=True)
@@ -79,49 +47,92 @@ class Growth:
     """The files, as a manifest is journaled."""
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The policy of a step."""
+
+    kind: str
+    options: Mapping[str, Any]
+    initial: Mapping[str, float]
+    """Weights of the sources that have entered the run, in the order of the run's sources."""
+    order: int
+    """Number of the event that chose it; -1: the configuration the run began with."""
+    by_person: bool
+
+    def goes_on_from(self, before: "Chosen") -> bool:
+        """Whether it takes over the state of the policy before it: the same one with other weights or more sources."""
+        if self.order == before.order:
+            return True
+        return not self.by_person and (self.kind, self.options) == (before.kind, before.options)
+
+
 class Plan:
     """Mixture weights and batch shape as functions of the step, kept up to date as events are appended."""
 
     def __init__(self, journal: Journal) -> None:
-        self.mixture = Timeline()
+        self.mixture = MixtureTimeline()
         """name → weight"""
+        self.people = Timeline()
+        """Of the mixtures those that people set."""
+        self.policy = Timeline()
+        """{"kind", "options"} of policies chosen after the start; of the configuration's also {"weights"}"""
         self.shape = Timeline()
         """{"seq_len", "global_batch_size"}"""
         self.limits = Timeline()
         """name → max_epochs, None for no limit"""
+        self.settings: dict[str, Timeline] = {kind: Timeline() for kind in SETTINGS}
+        """What people asked of the trainer, by kind of event."""
         self.grown: dict[str, list[Growth]] = {}
         """Files that joined a source after it entered the run, in the order of their joining."""
         self.capped: dict[str, list[Cap]] = {}
         """When every lane of a source had reached its limit; again after files joined or the limit was raised."""
+        self.added: dict[str, tuple[int, float]] = {}
+        """Sources that a person added to the live run: (first step, weight)."""
+        self._began_with: dict[str, Any] = {"kind": "static", "options": {}, "weights": {}}
+        self._quarantines: dict[str, list[tuple[int, str]]] = {}
+        """source → (first step, command)"""
+        self._undone: dict[str, int] = {}
         for event in journal.events:
             self.apply(event)
 
     def apply(self, event: Event) -> None:
         """Take one event into account."""
-        if event.kind == "mixture":
-            self.mixture.put(event.step, event.data["weights"], event.by)
+        data = event.data
+        command = data.get("command")
+        if event.kind == "run_started" and "data" in data:
+            policy, sources = data["data"]["policy"], data["data"]["sources"]
+            weights = {source["name"]: source["weight"] for source in sources}
+            self._began_with = {"kind": policy["kind"], "options": policy["options"], "weights": weights}
+        elif event.kind == "mixture":
+            entry = Entry(event.step, event.seq, data["weights"], event.by, command, data.get("over", 0))
+            self.mixture.put(entry)
+            if entry.by_person:
+                self.people.put(entry)
+        elif event.kind == "policy":
+            self.policy.put(Entry(event.step, event.seq, data, event.by, command))
         elif event.kind == "stage":
-            self.shape.put(event.step, event.data, event.by)
+            self.shape.put(Entry(event.step, event.seq, data, event.by))
         elif event.kind == "limits":
-            self.limits.put(event.step, event.data["max_epochs"], event.by)
+            self.limits.put(Entry(event.step, event.seq, data["max_epochs"], event.by))
+        elif event.kind in SETTINGS:
+            self.settings[event.kind].put(Entry(event.step, event.seq, data["value"], event.by, command))
+        elif event.kind == "quarantine":
+            self._quarantines = self._quarantines | {
+                data["source"]: [*self._quarantines.get(data["source"], []), (event.step, data["command"])]
+            }
+        elif event.kind == "source_added" and event.by.startswith("user:"):
+            self.added[data["source"]["name"]] = (event.step, data["source"]["weight"])
         elif event.kind == "grown":
-            data = dict(event.data)
-            growth = Growth(event.step, data.pop("reported"), data)
+            files = dict(data)
+            growth = Growth(event.step, files.pop("reported"), files)
             self.grown[data["source"]] = [*self.grown.get(data["source"], []), growth]
         elif event.kind == "capped":
-            cap = Cap(**event.data, step=event.step)
+            cap = Cap(**data, step=event.step)
             self.capped[cap.source] = [*self.capped.get(cap.source, []), cap]
+        elif event.kind == "undone":
+            self._undo(data["command_undone"], event.step)
         elif event.kind in ("resumed", "rollback"):
-            for timeline in (self.mixture, self.shape, self.limits):
-                timeline.take_back(event.step)
-            # Caps and growth follow from what was seen at a trained step; before the resumption it stays trained.
-            self.grown = {
-                name: [growth for growth in all_of if growth.reported < event.step]
-                for name, all_of in self.grown.items()
-            }
-            self.capped = {
-                name: [cap for cap in caps if cap.reported < event.step] for name, caps in self.capped.items()
-            }
+            self._take_back(event.step)
 
     def is_capped(self, source: str, step: int) -> bool:
         """Whether the source gives nothing at `step` because it has reached the limit that holds there."""
@@ -129,6 +140,75 @@ class Plan:
         caps = self.capped.get(source, [])
         return any(cap.step <= step and (cap.max_epochs, cap.generations) == at_step for cap in caps)
 
+    def quarantined(self, step: int) -> frozenset[str]:
+        """Sources that people have taken out of `step`."""
+        quarantines, undone = self._quarantines, self._undone
+        if not quarantines:
+            return frozenset()
+        return frozenset(
+            name
+            for name, all_of in quarantines.items()
+            if any(first <= step < undone.get(command, step + 1) for first, command in all_of)
+        )
+
+    def asked(self, step: int) -> Mapping[str, float] | None:
+        """The weights of a step without quarantined sources; None before the first mixture."""
+        weights, out = self.mixture.at(step), self.quarantined(step)
+        return weights and {name: weight for name, weight in weights.items() if name not in out}
+
+    @property
+    def changes(self) -> list[int]:
+        """Every step at which what is asked of the sources, or the batch shape, may change."""
+        quarantines = [first for all_of in self._quarantines.values() for first, _ in all_of]
+        return sorted({*self.mixture.steps, *self.shape.steps, *quarantines, *self._undone.values()})
+
     def generations(self, source: str, step: int) -> int:
         """How often the source has got files by `step`: 1 and its growths so far."""
         return 1 + sum(growth.step <= step for growth in self.grown.get(source, []))
+
+    def person_decides(self, step: int) -> Entry | None:
+        """The mixture that a person set and that holds at `step`; None: the policy decides."""
+        person, policy = self.people.newest(step), self.policy.newest(step)
+        return person if person is not None and (policy is None or person > policy) else None
+
+    def deciding(self, step: int) -> int:
+        """Number of the event that says who decides the mixture of `step`: a person's own, or the choice of a policy;
+        -1: the policy the run began with."""
+        entry = self.person_decides(step) or self.policy.newest(step)
+        return -1 if entry is None else entry.order
+
+    def configured(self, step: int) -> dict[str, Any]:
+        """What the configuration last said about the mixture, by `step`: {"kind", "options", "weights"}."""
+        chosen = [entry.value for entry in self.policy.entries if entry.step <= step and not entry.by_person]
+        found = chosen[-1] if chosen else self._began_with
+        added = {name: weight for name, (_, weight) in self.added.items() if name not in found["weights"]}
+        return {"kind": found["kind"], "options": found["options"], "weights": found["weights"] | added}
+
+    def chosen(self, step: int) -> Chosen:
+        """The policy of `step`, whether or not it decides."""
+        configured, entry = self.configured(step), self.policy.newest(step)
+        initial = {
+            name: weight
+            for name, weight in configured["weights"].items()
+            if name not in self.added or self.added[name][0] <= step
+        }
+        if entry is None:
+            return Chosen(configured["kind"], configured["options"], initial, -1, False)
+        return Chosen(entry.value["kind"], entry.value["options"], initial, entry.order, entry.by_person)
+
+    def _undo(self, command: str, step: int) -> None:
+        for policy in [entry for entry in self.policy.entries if entry.command == command]:
+            following = self.policy.after(policy.step)
+            self.mixture.void(policy.step, step if following is None else min(step, following), step)
+        for timeline in (self.mixture, self.people, self.policy, *self.settings.values()):
+            timeline.undo(command, step)
+        self._undone = self._undone | {command: min(step, self._undone.get(command, step))}
+
+    def _take_back(self, step: int) -> None:
+        for timeline in (self.mixture, self.people, self.policy, self.shape, self.limits):
+            timeline.take_back(step)
+        # Caps and growth follow from what was seen at a trained step; before the resumption it stays trained.
+        self.grown = {
+            name: [growth for growth in all_of if growth.reported < step] for name, all_of in self.grown.items()
+        }
+        self.capped = {name: [cap for cap in caps if cap.reported < step] for name, caps in self.capped.items()}

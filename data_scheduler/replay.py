@@ -199,12 +199,13 @@ def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -
 def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
     """Mean share asked for over the run's sequences."""
     asked, sequences = dict.fromkeys(names, 0.0), 0
-    changes = [step for step in plan.mixture.steps + plan.shape.steps if step < steps]
+    changes = [step for step in plan.changes if step < steps]
     for begin, end in itertools.pairwise(sorted({0, steps, *changes})):
         count = (end - begin) * plan.shape.at(begin)["global_batch_size"]
         sequences += count
-        for name, weight in plan.mixture.at(begin).items():
-            asked[name] += weight * count
+        weights = plan.asked(begin) or {}
+        for name, weight in weights.items():
+            asked[name] += weight / sum(weights.values()) * count
     return [asked[name] / max(1, sequences) for name in names]
 
 

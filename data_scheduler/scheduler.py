@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_scheduler.batch import Batch, RejectedRecord, Segments
-from data_scheduler.config import DataConfig
+from data_scheduler.config import DataConfig, SourceConfig
+from data_scheduler.control import Decision, settle
 from data_scheduler.encoder import Encoder, load_encoder
-from data_scheduler.identity import beginning, check_same_run, sample_texts, settle
+from data_scheduler.identity import beginning, check_same_run, sample_texts, settled
 from data_scheduler.journal import Event, Journal, Kind
 from data_scheduler.lane import ExhaustedError, LaneStream, Position
 from data_scheduler.layout_index import LayoutIndex
@@ -39,8 +40,8 @@ from data_scheduler.order import GOLDEN, Int64, lanes_of
 from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry, Packer
 from data_scheduler.paths import list_files
-from data_scheduler.plan import Growth, Plan
-from data_scheduler.policies import Feedback, make_policy
+from data_scheduler.plan import Chosen, Growth, Plan
+from data_scheduler.policies import Feedback, Policy, make_policy
 from data_scheduler.sequences import BoolArray, Int32
 from data_scheduler.source import SourceReader
 from data_scheduler.state import EXHAUSTED, State, Touched
@@ -93,8 +94,9 @@ class Scheduler:
             path = None if run_dir is None else Path(run_dir) / "journal.jsonl"
             journal = Journal(path, writable=dp_rank == 0 and not replaying)
         self.journal = journal
+        self._recording = threading.Lock()
         fresh = not journal.events
-        self.config = config = settle(config, None if fresh else beginning(journal).data["data"])
+        self.config = config = settled(config, None if fresh else beginning(journal).data["data"])
         check_layout(config, dp_rank, dp_size)
         known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
         for manifest in [*known.values(), *(Manifest.from_data(event.data) for event in journal.of("grown"))]:
@@ -116,19 +118,15 @@ class Scheduler:
         self.readers = []
         for source in config.sources:
             self.readers.append(SourceReader(source, manifests[source.name], config, self.encoder, cache))
-        initial = {source.name: source.weight for source in config.sources}
-        self._policy = make_policy(config.policy.kind, config.policy.options, initial)
+        configured = {source.name: source.weight for source in config.sources}
+        self._policy = self._made_policy(config.policy.kind, config.policy.options, configured)
+        self._chosen = Chosen(config.policy.kind, config.policy.options, configured, -1, False)
         self._watched = [source for source in config.sources if source.watch]
         self._watches_itself = dp_size == 1 if watch is None else watch
         self._last_look: dict[str, dict[str, File]] = {}
         self._grown: dict[str, list[Growth]] = {}
-        listening = (
-            self._policy.uses_feedback or bool(self._watched) or any(source.max_epochs for source in config.sources)
-        )
-        if listening and config.policy.horizon <= config.prefetch:
-            raise ConfigError(
-                f"data.policy.horizon: {config.policy.horizon} must be larger than data.prefetch ({config.prefetch})"
-            )
+        if self._watched or any(source.max_epochs for source in config.sources):
+            self._check_horizon()
         self._new_packer = PACKERS[config.packing]
         self._consumed = State.fresh(config.lanes, self.names)
         self._reported: dict[int, Feedback] = {}
@@ -218,6 +216,57 @@ class Scheduler:
             self._reported[step] = report
             self._report_arrived.notify_all()
 
+    @property
+    def next_step(self) -> int:
+        """The step that will be given next."""
+        return self._consumed.step
+
+    @property
+    def earliest_change(self) -> int:
+        """The first step that no rank can have begun to prepare: what is decided now may shape it and those after it.
+
+        `prefetch` steps are ready and one more is being made: prefetch + 1 steps after the next, whatever was reached.
+        """
+        return self._consumed.step + (self.config.prefetch + 1 if self.config.prefetch else 0)
+
+    def take(self, decision: Decision, by: str) -> Event:
+        """Journal what a person decided and let it take effect; every rank must, between the same two steps."""
+        return self._record(decision.kind, decision.step, decision.data, by)
+
+    def with_source(self, source: SourceConfig) -> "Scheduler":
+        """This run from the next step on with one more source, whose entry was journaled; replaces this object.
+
+        What was prepared ahead is dropped and made again. Every rank must. Raises ConfigError or DataError.
+        """
+        self.close()
+        continued = Scheduler(
+            self.config.model_copy(update={"sources": [*self.config.sources, source]}),
+            dp_rank=self._dp_rank,
+            dp_size=self._dp_size,
+            journal=self.journal,
+            encoder=self.encoder,
+            watch=self._watches_itself,
+            hashing=self._hashing,
+        )
+        continued.load_state_dict(self.state_dict())
+        return continued
+
+    def try_policy(self, kind: str, options: Mapping[str, Any], new: Mapping[str, float] | None = None) -> None:
+        """Raise ConfigError when a policy cannot be used from here on; `new`: weights of sources that join with it.
+
+        Without `new` it is one that starts afresh; with it, one that goes on from the policy of the next step.
+        """
+        initial = {**self.plan.chosen(self.next_step).initial, **(new or {})}
+        policy = self._made_policy(kind, options, initial)
+        policy.load_state_dict(self._consumed.policy if new else {})
+        names = [*self.names, *(new or {})]
+        try:
+            quantize(policy.weights(self.next_step, []), names)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"policy {kind!r} cannot go on from here: {type(error).__name__}: {error}") from None
+
     def state_dict(self) -> dict[str, Any]:
         """Where consumption stands: exact whatever was prefetched. Holds this rank's lanes; `merge` joins ranks."""
         return self._consumed.to_dict(self._dp_rank, self._dp_size)
@@ -265,6 +314,9 @@ class Scheduler:
         self._places = self._consumed.copy()
         self._limits: Mapping[str, int | None] | None = None
         self._generations: list[int] = []
+        if not self._replaying:
+            self._chosen = self.plan.chosen(max(0, self._step - 1))
+            self._policy = self._made_policy(self._chosen.kind, self._chosen.options, self._chosen.initial)
         self._policy.load_state_dict(self._consumed.policy)
         self._wanted = dict(self._consumed.wanted)
         self._shares_of: Mapping[str, float] = {}
@@ -385,31 +437,39 @@ class Scheduler:
     def _shares(self, step: int) -> Int64:
         """Each source's share of a step, int64[sources]; nothing for sources that have reached their limit."""
         weights = self._weights(step)
+        quarantined = self.plan.quarantined(step)
+        if quarantined:
+            weights = {name: weight for name, weight in weights.items() if name not in quarantined}
         capped = [name for name in list(self.plan.capped) if self.plan.is_capped(name, step)]
         if capped:
             weights = {name: 0.0 if name in capped else weight for name, weight in weights.items()}
-            if not any(weights.values()):
-                raise DataError(
-                    f"step {step}: every source with a weight has been seen max_epochs times; raise max_epochs, add "
-                    "data, or end the run here"
-                )
+        if (capped or quarantined) and not any(weights.values()):
+            raise DataError(
+                f"step {step}: every source with a weight is under quarantine or has been seen max_epochs times; undo "
+                "a quarantine, raise max_epochs, add data, or end the run here"
+            )
         if weights != self._shares_of:
             self._shares_of, self._shares_known = dict(weights), quantize(weights, self.names)
+        if quarantined and quarantined != self.plan.quarantined(step - 1):
+            out = [self.names.index(name) for name in sorted(quarantined)]
+            self._mixer.owed = settle(self._mixer.owed, self._shares_known, out)
         return self._shares_known
 
     def _weights(self, step: int) -> Mapping[str, float]:
         """The mixture of a step: the journal's, after the policy has had its say."""
         if self._replaying:
             return self._decided_weights(step)
+        self._change_policy(step)
         wanted = self._policy.weights(step, self._feedback_for(step))
-        # A person's decision for this very step stands. Most policies repeat themselves: nothing to do then.
+        # What a person set stays. Most policies repeat themselves: nothing to do then, unless another has just begun.
         in_force = self.plan.mixture.at(step)
-        if not self.plan.mixture.decided(step) and (wanted != self._wanted or in_force is None):
+        begins = self.plan.deciding(step) != self.plan.deciding(step - 1)
+        if self.plan.person_decides(step) is None and (begins or wanted != self._wanted or in_force is None):
             # Shares as they will be used, so that the journal's numbers are the exact ones.
             shares = quantize(wanted, self.names) / ONE
             exact = dict(zip(self.names, shares.tolist(), strict=True))
-            if exact != in_force:
-                self._record("mixture", step, {"weights": exact}, f"policy:{self.config.policy.kind}")
+            if begins or exact != in_force:
+                self._record("mixture", step, {"weights": exact}, f"policy:{self._chosen.kind}")
         self._wanted = dict(wanted)
         return self._decided_weights(step)
 
@@ -419,10 +479,38 @@ class Scheduler:
             raise ConfigError(f"the journal has no mixture for step {step}; the run never got there")
         return weights
 
+    def _change_policy(self, step: int) -> None:
+        """Take up the policy of `step` if it is another than before, or the same with more sources."""
+        chosen, before = self.plan.chosen(step), self._chosen
+        if chosen == before:
+            return
+        policy = self._made_policy(chosen.kind, chosen.options, chosen.initial)
+        if chosen.goes_on_from(before):
+            policy.load_state_dict(self._policy.state_dict())
+        else:
+            self._heard = step - 1 - self.config.policy.horizon
+        self._policy, self._chosen = policy, chosen
+
+    def _made_policy(self, kind: str, options: Mapping[str, Any], initial: Mapping[str, float]) -> Policy:
+        policy = make_policy(kind, options, initial)
+        if policy.uses_feedback:
+            self._check_horizon()
+        return policy
+
+    def _check_horizon(self) -> None:
+        horizon, prefetch = self.config.policy.horizon, self.config.prefetch
+        if horizon <= prefetch:
+            raise ConfigError(f"data.policy.horizon: {horizon} must be larger than data.prefetch ({prefetch})")
+
     def _feedback_for(self, step: int) -> list[Feedback]:
         """Reports up to step − horizon that the policy has not heard yet; waits for them while training catches up."""
         last = step - self.config.policy.horizon
-        if not self._policy.uses_feedback or last <= self._heard:
+        if not self._policy.uses_feedback:
+            self._heard = max(self._heard, last)
+            with self._report_arrived:
+                self._reported = {number: report for number, report in self._reported.items() if number > last}
+            return []
+        if last <= self._heard:
             return []
         heard = []
         with self._report_arrived:
@@ -446,8 +534,9 @@ class Scheduler:
     # -- journal -------------------------------------------------------------------------------------------------
 
     def _record(self, kind: Kind, step: int, data: dict[str, Any], by: str) -> Event:
-        event = self.journal.append(kind, step, data, by)
-        self.plan.apply(event)
+        with self._recording:  # the plan hears of events in the journal's order
+            event = self.journal.append(kind, step, data, by)
+            self.plan.apply(event)
         return event
 
     def _begin(self) -> None:
@@ -457,6 +546,11 @@ class Scheduler:
         shape = {"seq_len": self.config.seq_len, "global_batch_size": self.config.global_batch_size}
         if self.plan.shape.at(self._step) != shape:
             self._record("stage", self._step, shape, "config")
+        policy = self.config.model_dump(mode="json", include={"policy"})["policy"]
+        weights = {source.name: source.weight for source in self.config.sources}
+        configured = {"kind": policy["kind"], "options": policy["options"], "weights": weights}
+        if self.plan.configured(self._step) != configured:
+            self._record("policy", self._step, configured, "config")
         limits = {source.name: source.max_epochs for source in self.config.sources}
         if (self.plan.limits.at(self._step) or dict.fromkeys(limits)) != limits:
             self._record("limits", self._step, {"max_epochs": limits}, "config")

@@ -4,13 +4,14 @@
 `ConfigError` with the key's path and the nearest valid name when anything does not fit.
 """
 
+import ipaddress
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_scheduler.config import DataConfig, StrictModel
 from headrace.errors import ConfigError
@@ -168,6 +169,42 @@ class MetricsConfig(StrictModel):
     """Progress bar on a terminal, plain lines elsewhere."""
 
 
+class ControlConfig(StrictModel):
+    """How a live run takes commands over HTTP; command files in the run folder are always taken."""
+
+    http: bool = False
+    """Listen for commands on rank 0; the address in use is written to `<run>/control/endpoint.json`."""
+    address: str = "127.0.0.1"
+    """Address to listen on; any address besides loopback needs `token_file`."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0 takes a free port."""
+    token_file: str | None = None
+    """File with the token that commands must send, readable by its owner only; on loopback a token is made when none is
+    given."""
+    tls_cert: str | None = None
+    """Certificate chain in PEM; with `tls_key` the endpoint speaks HTTPS."""
+    tls_key: str | None = None
+    """Private key of `tls_cert`, in PEM."""
+
+    @model_validator(mode="after")
+    def _others_need_a_token(self) -> "ControlConfig":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: give both or none")
+        if self.http and self.token_file is None and not _is_loopback(self.address):
+            raise ValueError(
+                f"address {self.address!r} can be reached from other machines; set token_file, or listen on 127.0.0.1"
+            )
+        return self
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether an address is a loopback one without asking anybody; other names could resolve to anything."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
 class RunConfig(StrictModel):
     """The whole configuration of a run; `headrace config schema` prints it as JSON schema."""
 
@@ -180,6 +217,7 @@ class RunConfig(StrictModel):
     kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    control: ControlConfig = ControlConfig()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,7 +2,7 @@
 
 The run folder holds all there is:
 
-    config.yaml  journal.jsonl  metrics.jsonl  rejects.jsonl  checkpoints/  data_state/  log/
+    config.yaml  journal.jsonl  metrics.jsonl  rejects.jsonl  checkpoints/  control/  data_state/  log/
 """
 
 import signal
@@ -18,12 +18,15 @@ import torch
 
 from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
 from data_scheduler.batch import Batch, RejectedRecord
+from data_scheduler.config import SourceConfig
 from data_scheduler.state import LANE_ARRAYS, Snapshots
 from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout, validate
 from pretrain import checkpoint
 from pretrain.config import RunConfig, dump_config
+from pretrain.control.desk import Stand
+from pretrain.control.live import Live, setting, with_live_sources
 from pretrain.evaluate import HeldOut
 from pretrain.learning_rate import learning_rate
 from pretrain.loss import FIXED_POINT
@@ -46,6 +49,7 @@ def train(config: RunConfig) -> ExitCode:
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    config = with_live_sources(config)
     layout = layout_of(config, process_groups.environment_world_size())
     ranks = process_groups.initialize(layout, config.train.seed)
     try:
@@ -97,22 +101,12 @@ class Run:
         tokens = self.scheduler.encoder.vocab_size
         vocab_size = padded_vocab_size(config, tokens)
         check_vocabulary(vocab_size, tokens)
-        self.held_out = exchange.agree(
-            lambda: HeldOut(
-                config.data,
-                self.scheduler.encoder,
-                config.train.eval_sequences,
-                config.train.micro_batch_size,
-                ranks.dp_rank,
-                ranks.dp_size,
-            )
-        )
-        for reject in self.held_out.rejects:
-            self._say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")
+        self.held_out = self._read_held_out()
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
         self.done = checkpoint.Progress(0, 0)
         self._seen_rejects: set[tuple[str, str, str]] = set()
         self._stop_asked = False
+        self._saved_at = -1
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -125,36 +119,87 @@ class Run:
             return ExitCode.DONE
         exchange.only_first_rank(self._write_config, self.ranks.rank)
         sinks = self._open_sinks()
-        code = ExitCode.DONE
-        with _stopping_on_signals(self._ask_to_stop), Progress(steps, first, self._shows_progress()) as progress:
+        with (
+            Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
+            _stopping_on_signals(self._ask_to_stop),
+            Progress(steps, first, self._shows_progress()) as progress,
+        ):
             if not resumed:
                 self._evaluate(sinks, progress)
-            while self.done.step < steps:
-                self._step(sinks, progress)
-                at, every = self.done.step, self.config.checkpoint.every
-                if self._due(self.config.train.eval_every) or at == steps:
-                    self._evaluate(sinks, progress)
-                stop = bool(exchange.largest([float(self._stop_asked)])[0])
-                if (every and at % every == 0) or at == steps or stop:
-                    self._save(progress)
-                if stop and at < steps:
-                    self._tell(progress, f"asked to stop: saved at step {at}; the same command goes on from there")
-                    code = ExitCode.RECOVERABLE
-                    break
+            code = self._go_on(sinks, progress)
         self.scheduler.close()
-        if code == ExitCode.DONE:
+        if self.done.step == steps:
             self.scheduler.journal.append("run_finished", self.done.step, {"tokens": self.done.tokens}, "system")
         for sink in sinks:
             sink.close()
         return code
 
+    def _go_on(self, sinks: list[Sink], progress: Progress) -> ExitCode:
+        """Step until the end, or until asked to stop."""
+        steps, every = self.config.train.steps, self.config.checkpoint.every
+        stop, halt = self._between_steps(progress), False
+        while self.done.step < steps and not stop and not halt:
+            self._step(sinks, progress)
+            at = self.done.step
+            if self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every)) or at == steps:
+                self._evaluate(sinks, progress)
+            stop = self._between_steps(progress)
+            halt = setting(self.scheduler, "stop_at", -1) == at
+            if (every and at % every == 0) or at == steps or stop or halt:
+                self._save(progress)
+        if stop and self.done.step < steps:
+            self._save(progress)
+            text = f"asked to stop: saved at step {self.done.step}; the same command goes on from there"
+            self._tell(progress, text)
+            return ExitCode.RECOVERABLE
+        if halt and self.done.step < steps:
+            self._tell(progress, f"stop-at: saved at step {self.done.step}; the same command goes on from there")
+        self.live.over = f"the run has ended at step {self.done.step}"
+        return ExitCode.DONE
+
+    def _between_steps(self, progress: Progress) -> bool:
+        """Carry out what people asked, and wait while they want a pause; True when asked to stop."""
+        told = False
+        while True:
+            stop, asked = exchange.largest([float(self._stop_asked), float(self.live.is_asked)])
+            if asked:
+                self._obey(progress)
+            paused = setting(self.scheduler, "paused", False) and self.done.step < self.config.train.steps
+            if stop or not paused:
+                return bool(stop)
+            if not told:
+                self._tell(progress, f"paused before step {self.done.step}; `headrace ctl RUN resume` goes on")
+                told = True
+            self.live.wait()
+
+    def _obey(self, progress: Progress) -> None:
+        """Let every rank take the commands that wait."""
+        for decision, by in self.live.obey(Stand(self.scheduler, self.config.train.steps, self.done.tokens)):
+            kind, step = decision.kind, decision.step
+            if by != "system":
+                self._tell(progress, f"{kind} from step {step} on, by {by}: {decision.data['why']}".rstrip(": "))
+            if kind == "source_added":
+                self._add_source(SourceConfig.model_validate(decision.data["source"]))
+            elif kind == "save_asked":
+                self._save(progress)
+
+    def _add_source(self, source: SourceConfig) -> None:
+        """Go on with one more source, as if the run had been resumed here with it."""
+        self.scheduler = exchange.agree(lambda: self.scheduler.with_source(source))
+        data = self.config.data.model_copy(update={"sources": [*self.config.data.sources, source]})
+        self.config = self.config.model_copy(update={"data": data})
+        self.state.config, self.state.num_sources = self.config, len(data.sources)
+        self.held_out = self._read_held_out()
+        exchange.only_first_rank(self._write_config, self.ranks.rank)
+
     def _step(self, sinks: list[Sink], progress: Progress) -> None:
         """One step, and its record."""
         began = time.perf_counter()
+        scale = setting(self.scheduler, "lr_scale", 1.0)
         batch = next(self.scheduler)
         size = self.config.train.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
-        lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps)
+        lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * scale
         result = train_step(self.state, microbatches, lr)
         losses, tokens = self._by_source(result)
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
@@ -214,6 +259,16 @@ class Run:
     def _due(self, every: int) -> bool:
         return bool(every) and self.done.step % every == 0
 
+    def _read_held_out(self) -> HeldOut:
+        data, train, ranks = self.config.data, self.config.train, self.ranks
+        count, size = train.eval_sequences, train.micro_batch_size
+        held_out = exchange.agree(
+            lambda: HeldOut(data, self.scheduler.encoder, count, size, ranks.dp_rank, ranks.dp_size)
+        )
+        for reject in held_out.rejects:
+            self._say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")
+        return held_out
+
     def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
         losses = self.held_out.losses(self.state)
         if losses:
@@ -226,6 +281,9 @@ class Run:
     # -- saving and resuming -------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
+        if self._saved_at == self.done.step:
+            return  # a person asked for it just now
+        self._saved_at = self.done.step
         data_state = self._whole_data_state()
         path = self.checkpoints.save(self.state, data_state, self.done, self.config.checkpoint.keep_last)
         event = {"path": str(path.relative_to(self.run_dir)), "tokens": self.done.tokens}
@@ -255,6 +313,7 @@ class Run:
             self._say(f"starting {self.run_dir} from the weights of {latest}")
             return False
         self.scheduler.load_state_dict(data_state)
+        self._saved_at = self.done.step
         self._say(f"resuming {self.run_dir} at step {self.done.step} from {latest}")
         return True
 

@@ -103,7 +103,7 @@ def test_records_have_what_was_promised(run_config: Make) -> None:
     assert kinds[-1] == "run_finished"
     assert kinds.count("checkpoint") == 3
     present = {path.name for path in run_dir.iterdir()}
-    assert present == {"config.yaml", "journal.jsonl", "metrics.jsonl", "checkpoints", "data_state", "log"}
+    assert present == {"config.yaml", "journal.jsonl", "metrics.jsonl", "checkpoints", "control", "data_state", "log"}
 
 
 def test_replay_equals_what_training_recorded(run_config: Make) -> None:
