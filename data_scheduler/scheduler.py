@@ -40,7 +40,9 @@ from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry, Packer
 from data_scheduler.paths import list_files
 from data_scheduler.plan import Growth, Plan
-from data_scheduler.policies import Feedback, make_policy
+from data_scheduler.policies import Feedback
+from data_scheduler.policies.guard import Guard, open_policy
+from data_scheduler.policy_context import PolicyInputs, run_context
 from data_scheduler.source import SourceReader
 from data_scheduler.state import EXHAUSTED, State, Touched
 from data_scheduler.unit_cache import UnitCache
@@ -76,6 +78,7 @@ class Scheduler:
         replaying: bool = False,
         watch: bool | None = None,
         hashing: bool = False,
+        run_steps: int | None = None,
     ) -> None:
         """Open the sources, or those of the journal in `run_dir` when there is one.
 
@@ -83,7 +86,8 @@ class Scheduler:
         `replaying` the journal alone decides and nothing is added to it. Sources with `watch` are looked after here
         when there is one rank (`watch` overrides that); with several, hand what `new_files` finds on one of them to
         `grow` on all. With `hashing` the digests of batches are made along with them, in the loader's thread, and not
-        when they are first asked for. Raises ConfigError, LayoutError or DataError.
+        when they are first asked for. `run_steps` is the length of the whole run, for policies that plan for it.
+        Raises ConfigError, LayoutError or DataError.
         """
         check_layout(config, dp_rank, dp_size)
         self._replaying, self._hashing = replaying, hashing
@@ -107,8 +111,13 @@ class Scheduler:
         )
         if not fresh:
             check_same_run(config, journal, self.encoder.fingerprint)
+        inputs = PolicyInputs(journal)
+        context = run_context(config, manifests, self.encoder, inputs, lambda: self.plan, run_steps)
+        self._policy = open_policy(config, context)
         # Nothing was written so far: a wrong path or setting must not leave half a run behind.
         self._record_sources(fresh, new)
+        for given in inputs.new:
+            journal.append("policy_input", 0, given, "system")
         self.plan = Plan(journal)
         self._resuming = not fresh
         self._begun = False
@@ -116,8 +125,6 @@ class Scheduler:
         self.readers = []
         for source in config.sources:
             self.readers.append(SourceReader(source, manifests[source.name], config, self.encoder, cache))
-        initial = {source.name: source.weight for source in config.sources}
-        self._policy = make_policy(config.policy.kind, config.policy.options, initial)
         self._watched = [source for source in config.sources if source.watch]
         self._watches_itself = dp_size == 1 if watch is None else watch
         self._last_look: dict[str, dict[str, File]] = {}
@@ -212,11 +219,29 @@ class Scheduler:
             if limit is not None and (limit, seen) not in known:
                 data = {"source": name, "max_epochs": limit, "generations": seen, "reported": step}
                 self._record("capped", step + self.config.policy.horizon, data, "system")
-        report = Feedback(step, dict(source_loss), dict(source_tokens))
-        self._consumed.feedback.append(report)
+        validation: dict[str, float] = {}
+        for early in self._consumed.feedback:
+            if early.step == step:  # from `validated`, before the step
+                validation.update(early.validation_loss)
+        shares = self._shares_drawn_with(step) if self._policy.uses_feedback else {}
+        report = Feedback(step, dict(source_loss), dict(source_tokens), validation, shares)
+        self._consumed.feedback = [other for other in self._consumed.feedback if other.step != step] + [report]
         with self._report_arrived:
             self._reported[step] = report
             self._report_arrived.notify_all()
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether the policy wants held-out losses measured now, before the next step; give them to `validated`."""
+        wants = getattr(self._policy, "wants_validation", None)
+        return wants is not None and bool(wants(self._consumed.step))
+
+    def validated(self, losses: Mapping[str, float]) -> None:
+        """Report held-out losses per token and source, measured since the last step; every rank must, and the same.
+
+        The policy hears them with the next step's report.
+        """
+        self._consumed.feedback.append(Feedback(self._consumed.step, validation_loss=dict(losses)))
 
     def state_dict(self) -> dict[str, Any]:
         """Where consumption stands: exact whatever was prefetched. Holds this rank's lanes; `merge` joins ranks."""
@@ -269,7 +294,7 @@ class Scheduler:
         self._wanted = dict(self._consumed.wanted)
         self._shares_of: Mapping[str, float] = {}
         self._shares_known = np.zeros(0, np.int64)
-        self._reported = {report.step: report for report in self._consumed.feedback}
+        self._reported = {report.step: report for report in self._consumed.feedback if report.step < self._step}
         self._heard = self._step - 1 - self.config.policy.horizon
 
     def _produce(self) -> _Produced:
@@ -409,6 +434,9 @@ class Scheduler:
         if self._replaying:
             return self._decided_weights(step)
         wanted = self._policy.weights(step, self._feedback_for(step))
+        if isinstance(self._policy, Guard):
+            for kind, data in self._policy.take_notes():
+                self._record(kind, step, data, f"policy:{self.config.policy.kind}")
         # A person's decision for this very step stands. Most policies repeat themselves: nothing to do then.
         in_force = self.plan.mixture.at(step)
         if not self.plan.mixture.decided(step) and (wanted != self._wanted or in_force is None):
@@ -440,6 +468,13 @@ class Scheduler:
                 heard.append(self._reported.pop(number))
         self._heard = last
         return heard
+
+    def _shares_drawn_with(self, step: int) -> dict[str, float]:
+        """The mixture a past step was drawn with, summing to 1; nothing for sources that were through."""
+        asked: Mapping[str, float] = self.plan.mixture.at(step) or {}
+        weights = {name: 0.0 if self.plan.is_capped(name, step) else weight for name, weight in asked.items()}
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()}
 
     def _stopping(self) -> bool:
         return self._loader is not None and self._loader.stopping.is_set()

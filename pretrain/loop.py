@@ -132,7 +132,7 @@ class Run:
             while self.done.step < steps:
                 self._step(sinks, progress)
                 at, every = self.done.step, self.config.checkpoint.every
-                if self._due(self.config.train.eval_every) or at == steps:
+                if self._due(self.config.train.eval_every) or at == steps or self.scheduler.wants_validation:
                     self._evaluate(sinks, progress)
                 stop = bool(exchange.largest([float(self._stop_asked)])[0])
                 if (every and at % every == 0) or at == steps or stop:
@@ -217,6 +217,7 @@ class Run:
     def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
         losses = self.held_out.losses(self.state)
         if losses:
+            self.scheduler.validated(losses)
             record: Record = {"step": self.done.step, "val_loss": losses}
             for sink in sinks:
                 sink.write(record)
@@ -277,6 +278,7 @@ class Run:
             journal=journal,
             watch=False,
             hashing=True,
+            run_steps=self.config.train.steps,
         )
 
     def _open_sinks(self) -> list[Sink]:

@@ -49,7 +49,7 @@ class Feedback:
     """Held-out loss per token of each source, in nats, measured just before this step; empty where there was none."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """The mixture the step was drawn with, summing to 1, as the journal has it: whoever set it, guard and people
-    included. Filled in by the scheduler when it hands the report to the policy."""
+    included. Filled in by the scheduler."""
 
 
 class Policy(Protocol):
@@ -70,7 +70,7 @@ class Policy(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved to go on, as plain JSON data. Asked for after every step: nothing in it may change later."""
+        """What must be saved to go on, as plain JSON data. Asked for every step; what was given must not change later."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -37,6 +37,13 @@ class Ado:
     """
 
     uses_feedback = True
+    _heard: int
+    _now: dict[str, float]
+    _mean: dict[str, float]
+    _credit: dict[str, float]
+    _seen: dict[str, float]
+    _laws: dict[str, PowerLaw]
+    _curves: dict[str, LossCurve]
 
     @validate_call(config=ConfigDict(strict=True))
     def __init__(

@@ -35,6 +35,9 @@ class Aioli:
     """
 
     uses_feedback = True
+    _now: dict[str, float]
+    _law: Matrix
+    _losses: list[dict[str, float]]
 
     @validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     def __init__(
@@ -111,7 +114,9 @@ class Aioli:
         if self._ema is not None:
             if self._law:
                 old = self._law
-                law = {i: {j: (1 - self._ema) * x + self._ema * old[i][j] for j, x in r.items()} for i, r in law.items()}
+                law = {
+                    i: {j: (1 - self._ema) * x + self._ema * old[i][j] for j, x in r.items()} for i, r in law.items()
+                }
             self._law = law
         scores = {j: self._eta * sum(law[i][j] for i in self._names) for j in self._names}
         self._now = softmax(scores, self._prior if self._ema is not None else self._now)
@@ -143,9 +148,9 @@ class Aioli:
         """Take up a saved state; with other sources than before p and Ā begin anew."""
         now = state.get("now", {})
         same = set(now) == set(self._names)
-        self._now: dict[str, float] = {name: float(now[name]) for name in self._names} if same else dict(self._prior)
-        self._law: Matrix = {i: dict(row) for i, row in state["law"].items()} if same else {}
-        self._losses: list[dict[str, float]] = [dict(losses) for losses in state["losses"]] if same else []
+        self._now = {name: float(now[name]) for name in self._names} if same else dict(self._prior)
+        self._law = {i: dict(row) for i, row in state["law"].items()} if same else {}
+        self._losses = [dict(losses) for losses in state["losses"]] if same else []
 
 
 def _scaled(matrix: Matrix) -> Matrix:

@@ -32,6 +32,8 @@ class DoReMi:
     """
 
     uses_feedback = True
+    _now: dict[str, float]
+    _excess: dict[str, float]
 
     @validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     def __init__(

@@ -13,6 +13,11 @@ class LossCurve:
     after every step costs nothing.
     """
 
+    _width: int
+    _open: list[Any]
+    tokens: list[float]
+    losses: list[float]
+
     def __init__(self, width: int) -> None:
         self._first_width = width
         self.load({})
@@ -38,7 +43,7 @@ class LossCurve:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up what `save` gave."""
-        self._width: int = state.get("width", self._first_width)
-        self._open: list[Any] = list(state.get("open", [0, 0.0, 0.0]))
-        self.tokens: list[float] = list(state.get("tokens", []))
-        self.losses: list[float] = list(state.get("losses", []))
+        self._width = state.get("width", self._first_width)
+        self._open = list(state.get("open", [0, 0.0, 0.0]))
+        self.tokens = list(state.get("tokens", []))
+        self.losses = list(state.get("losses", []))

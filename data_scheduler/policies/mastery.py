@@ -37,6 +37,12 @@ class Mastery:
     """
 
     uses_feedback = True
+    _heard: int
+    _seen: dict[str, int]
+    _smoothed: dict[str, float]
+    _mastered: list[str]
+    _laws: dict[str, PowerLaw]
+    _curves: dict[str, LossCurve]
 
     @validate_call(config=ConfigDict(strict=True))
     def __init__(

@@ -27,6 +27,9 @@ class Odm:
     """
 
     uses_feedback = True
+    _rewards: dict[str, float]
+    _heard: int
+    _now: Mapping[str, float]
 
     @validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     def __init__(
@@ -74,4 +77,4 @@ class Odm:
         rewards = state.get("rewards", {})
         self._rewards = {name: float(rewards.get(name, 0.0)) for name in self._names}
         self._heard = int(state.get("heard", 0))
-        self._now: Mapping[str, float] = dict(state.get("now", self._initial))
+        self._now = dict(state.get("now", self._initial))

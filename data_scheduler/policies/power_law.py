@@ -59,9 +59,7 @@ def fit(tokens: Sequence[float], losses: Sequence[float], most_exponent: float =
     return PowerLaw(floor, scale * math.exp(exponent * first), exponent)
 
 
-def _best(
-    exponents: list[float], logs: list[float], first: float, losses: Floats
-) -> tuple[float, float, float, float]:
+def _best(exponents: list[float], logs: list[float], first: float, losses: Floats) -> tuple[float, float, float, float]:
     """(Huber's loss, exponent, floor, scale) of the best of some exponents; the scale is that at the first point."""
     # Relative to the first point, so that columns are of order 1.
     basis = np.array([[math.exp(-exponent * (log - first)) for log in logs] for exponent in exponents])

@@ -33,6 +33,9 @@ class SkillIt:
     """
 
     uses_feedback = True
+    _graph: Graph
+    _rounds: list[dict[str, float]]
+    _now: dict[str, float]
 
     @validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     def __init__(
@@ -99,9 +102,9 @@ class SkillIt:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        self._rounds: list[dict[str, float]] = [dict(losses) for losses in state.get("rounds", [])]
+        self._rounds = [dict(losses) for losses in state.get("rounds", [])]
         now = state.get("now", {})
-        self._now: dict[str, float] = dict(now) if set(now) == set(self._names) else self._weigh()
+        self._now = dict(now) if set(now) == set(self._names) else self._weigh()
 
 
 def _from_options(graph: Graph, names: list[str]) -> Graph:

@@ -11,7 +11,7 @@ from data_scheduler.policies.distribution import switched_on
 
 
 class Temperature:
-    """p_i ∝ n_i^(1/τ) (multilingual BERT, arXiv 1810.04805's repository; mT5, arXiv 2010.11934, section 3.1 with α = 1/τ).
+    """p_i ∝ n_i^(1/τ), as in mT5 (Xue et al. 2020, arXiv 2010.11934, section 3.1, with α = 1/τ).
 
     Configured weights say only who takes part: a source of weight 0 does not.
 
