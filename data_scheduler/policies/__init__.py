@@ -1,7 +1,7 @@
 """Policies: who sets the mixture weights.
 
-A policy is a class with a `weights` method, one file each. Those that come with Headrace are in `BUILT_IN`; a package of
-your own adds one through the entry-point group `headrace.policies`, with two lines in its `pyproject.toml`
+A policy is a class with a `weights` method, one file each. Those that come with Headrace are in `BUILT_IN`; a package
+of your own adds one through the entry-point group `headrace.policies`, with two lines in its `pyproject.toml`
 (`examples/custom_policy/`). Worked example: `static.py`, ten lines. What bounds every policy is in `guard.py`.
 
 A constructor takes the configured weights, the policy's options as keywords and, where it has a parameter of that name,
@@ -70,7 +70,7 @@ class Policy(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved to go on, as plain JSON data. Asked for every step; what was given must not change later."""
+        """What must be saved to go on, as plain JSON data. Asked every step; what was given must not change later."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

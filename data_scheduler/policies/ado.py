@@ -30,8 +30,8 @@ class Ado:
     since the run began. A source not in a report keeps its curve as it is.
 
     gamma1, gamma2, s, least_share (δ_min): 0.1, 0.1, 0.5, 0.01 in the paper.
-    refit_every, ignore_steps: 1000 reports each in the authors' code. Losses of the first `ignore_steps` are left out of
-    the fits, being of another regime. Short runs need less: a tenth of the run is a start.
+    refit_every, ignore_steps: 1000 reports each in the authors' code. Losses of the first `ignore_steps` are left out
+    of the fits, being of another regime. Short runs need less: a tenth of the run is a start.
     count: what n is. `all`: tokens of all sources, as the authors' code, since sources teach one another; `own`: the
     source's own tokens, as the equations.
     """

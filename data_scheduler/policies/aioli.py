@@ -19,19 +19,20 @@ class Aioli:
     L_i(t+1) = L_i(t) − Σ_j A_ij·p_j, with A estimated online.
 
     A round of `round_steps` steps begins with sweeps: `sweeps` times, in a random order, each source has its turn of
-    `turn_steps` steps with the mixture that gives it the share `own_share`, the others equal parts of the rest. The drop of
-    every held-out loss i over the turns of source j, averaged over sweeps, is β_ij. With W the matrix of these mixtures:
+    `turn_steps` steps with the mixture that gives it the share `own_share`, the others equal parts of the rest. The
+    drop of every held-out loss i over the turns of source j, averaged over sweeps, is β_ij. With W the matrix of these
+    mixtures:
 
         β_i = W·A_i  solved for A_i;      A ← (A − min(A, 0)) / Σ A,  smoothed over rounds: Ā ← (1 − ema)·A + ema·Ā
         p_j ∝ w_j·exp(η·Σ_i Ā_ij)         with w the configured shares
 
     and p is drawn for the rest of the round, beginning `horizon` steps after the last turn. As in the authors' code, an
-    update starts from w where `ema` smooths, and from the last p with `ema` null (the paper's equation). Held-out losses
-    are measured at both ends of every turn. A round in which one is missing changes nothing. A source of weight 0 takes
-    no part.
+    update starts from w where `ema` smooths, and from the last p with `ema` null (the paper's equation). Held-out
+    losses are measured at both ends of every turn. A round in which one is missing changes nothing. A source of weight
+    0 takes no part.
 
-    eta, turn_steps, sweeps, round_steps, own_share, ema: 0.2, 4, 4, 250, 0.75, 0.1, as in the authors' instructions (they
-    try η from 0.1 to 0.5, and 2 sweeps with turns of 10 steps for seven sources).
+    eta, turn_steps, sweeps, round_steps, own_share, ema: 0.2, 4, 4, 250, 0.75, 0.1, as in the authors' instructions
+    (they try η from 0.1 to 0.5, and 2 sweeps with turns of 10 steps for seven sources).
     """
 
     uses_feedback = True
@@ -62,8 +63,8 @@ class Aioli:
         needed = self._turns * turn_steps + context.horizon
         if needed >= round_steps:
             raise ConfigError(
-                f"data.policy.options of 'aioli': round_steps ({round_steps}) must be larger than {needed}: {sweeps} sweeps"
-                f" of {count} turns of {turn_steps} steps, and a horizon of {context.horizon}"
+                f"data.policy.options of 'aioli': round_steps ({round_steps}) must be larger than {needed}: {sweeps} "
+                f"sweeps of {count} turns of {turn_steps} steps, and a horizon of {context.horizon}"
             )
         if count > 1 and own_share * count <= 1:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """What a policy may know of its run besides losses, all of it in the journal or fixed by the configuration.
 
-Numbers from outside (sizes of sources, another run's losses, a graph in a file) go through `recall`: measured when the run
-begins, written to the journal (`policy_input`), and read back from there whenever the run goes on. So a resumed run
+Numbers from outside (sizes of sources, another run's losses, a graph in a file) go through `recall`: measured when the
+run begins, written to the journal (`policy_input`), and read back from there whenever the run goes on. So a resumed run
 decides with the numbers it began with, though files may have changed.
 """
 
@@ -40,13 +40,13 @@ class Context:
     horizon: int = 1
     """`data.policy.horizon`: steps until a measurement may shape a batch."""
     seed: int = 0
-    """`data.seed`, for policies that need an order: `data_scheduler.order.permutation(size, context.seed, "name", …)`."""
+    """`data.seed`, for policies that need an order: `order.permutation(size, context.seed, "name", …)`."""
     held_out: frozenset[str] | None = None
     """Sources with `val_paths`; None: not known here."""
     size_of: Callable[[str], SourceSize] = _not_known
     """The size of a source; reads some 256 KB of it the first time in a run."""
     tokens_before: Callable[[int], int] = _not_known
-    """Tokens of the steps before one, `seq_len` · `global_batch_size` each; of steps to come with the shape of the last.
-    Not to be asked before the first call of `weights`."""
+    """Tokens of the steps before one, `seq_len` · `global_batch_size` each; of steps to come with the shape of the
+    last. Not to be asked before the first call of `weights`."""
     recall: Callable[[str, Callable[[], Any]], Any] = _measured
     """`recall(name, measure)`: plain JSON data, from the journal where it has it, else measured now and journaled."""

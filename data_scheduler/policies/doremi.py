@@ -20,11 +20,12 @@ class DoReMi:
         λ_t[i] = max(ℓ_i − ℓ_ref,i, 0)
         α'_t = α_{t−1}·exp(η·λ_t),   α_t = (1 − c)·α'_t / Σ α'_t + c·u
 
-    u is uniform, α_0 the configured shares (the paper's are uniform, as ours by default). Two differences. The paper clips
-    at 0 token by token, with a reference model at hand; here means of a source are compared, with losses the reference run
-    recorded: what it reached, over its last reports. And the paper's proxy model is trained by weighting losses; here the
-    weights are what is drawn. A source not in a report counts with its last λ, as in the authors' code. The paper trains
-    its large model with the mean of α_t over the run; `headrace data ledger` prints it as the share asked.
+    u is uniform, α_0 the configured shares (the paper's are uniform, as ours by default). Two differences. The
+    paper clips at 0 token by token, with a reference model at hand; here means of a source are compared, with
+    losses the reference run recorded: what it reached, over its last reports. And the paper's proxy model is
+    trained by weighting losses; here the weights are what is drawn. A source not in a report counts with its last
+    λ, as in the authors' code. The paper trains its large model with the mean of α_t over the run; `headrace data
+    ledger` prints it as the share asked.
 
     reference: another run's folder, or its metrics.jsonl. Read once, when the run begins; its losses go to the journal.
     eta, smoothing: η and c; 1 and 10⁻³ in the paper.

@@ -3,7 +3,7 @@
 from typing import Any
 
 POINTS = 128
-"""Means kept at most; when there are as many, neighbours are joined in pairs, and each new mean covers twice as much."""
+"""Means kept at most; when there are as many, neighbours are joined in pairs, and a mean covers twice as much."""
 
 
 class LossCurve:

@@ -28,8 +28,8 @@ class Mastery:
         mastered when s_k ≤ (1 + at)·ε_k, until s_k > (1 + until)·ε_k
         share ∝ w_k, times `keep` while mastered, at least `least_share`
 
-    w are the configured weights; a source of weight 0 takes no part. The gap between `at` and `until` keeps a source from
-    flickering between the two.
+    w are the configured weights; a source of weight 0 takes no part. The gap between `at` and `until` keeps a source
+    from flickering between the two.
 
     at, until: relative distance to the floor at which a source becomes mastered, and ceases to be.
     keep: what a mastered source keeps of its weight.

@@ -2,9 +2,9 @@
 
 For a given α the law is linear in ε and β, so a fit is a search over α alone: 40 values, then twice 21 around the best.
 No gradient, no starting point, no seed. Robust as in Hoffmann et al. (arXiv 2203.15556, equation 3): Huber's loss with
-δ = 10⁻³ on the relative error, by iteratively reweighted least squares. (They and ADO take the difference of logarithms;
-up to the square of a relative error that is the same, and it needs no logarithm, whose last bit numpy computes
-differently on different CPUs, where ranks must agree.)
+δ = 10⁻³ on the relative error, by iteratively reweighted least squares. (They and ADO take the difference of
+logarithms; up to the square of a relative error that is the same, and it needs no logarithm, whose last bit numpy
+computes differently on different CPUs, where ranks must agree.)
 """
 
 import math

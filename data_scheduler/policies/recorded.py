@@ -42,7 +42,7 @@ def source_numbers(record: dict[str, Any], key: str) -> dict[str, float]:
 
 
 def final_losses(path: str, names: Sequence[str], last: int, where: str) -> dict[str, float]:
-    """Mean training loss of each source over its last `last` reports, by tokens. Raises ConfigError where one has none."""
+    """Mean training loss of each source over its last `last` reports, by tokens. Raises ConfigError if it has none."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for record in records(path, where):
         tokens = source_numbers(record, "source_tokens")

@@ -20,8 +20,8 @@ Weights = dict[str, float]
 class Schedule:
     """Stages, each with a beginning and a mixture; between the beginnings of two stages the shares go
 
-        constant   as the first                                          (Qwen2.5, arXiv 2412.15115; Falcon2, 2407.14885)
-        linear     from the first to the second in a straight line       (YuLan, 2406.19853)
+        constant   as the first                                          (Qwen2.5, arXiv 2412.15115)
+        linear     from the first to the second in a straight line       (YuLan, arXiv 2406.19853)
         cosine     likewise, by (1 − cos πx)/2: slow at both ends
 
     Before the first stage the configured weights hold, as a stage from 0 on would.

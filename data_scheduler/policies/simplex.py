@@ -2,8 +2,8 @@
 
     minimise Σ (x_i − w_i)²  over  low_i ≤ x_i ≤ high_i,  Σ x_i = ONE
 
-has the solution x_i = clip(w_i − τ, low_i, high_i) for the one τ that makes the sum right. The sum falls as τ rises, so τ
-is found by halving; what whole units leave over goes to the first sources that have room for one.
+has the solution x_i = clip(w_i − τ, low_i, high_i) for the one τ that makes the sum right. The sum falls as τ rises, so
+τ is found by halving; what whole units leave over goes to the first sources that have room for one.
 """
 
 from collections.abc import Sequence

@@ -22,12 +22,12 @@ class SkillIt:
         p_1(i)     ∝ w_i·exp(η·Σ_j A_ij)
         p_{t+1}(i) ∝ w_i·exp(η·Σ_{τ=t−window+1..t} Σ_j A_ij·L_j(f_τ))
 
-    A_ij says how much training on source i lowers the held-out loss of source j; L_j(f_τ) is that loss in round τ. Rounds
-    begin every `round_steps` steps, each with an evaluation of all sources that have `val_paths`. w are the configured
-    weights (1 in the paper); a source of weight 0 takes no part, but its held-out loss may be a target.
+    A_ij says how much training on source i lowers the held-out loss of source j; L_j(f_τ) is that loss in round τ.
+    Rounds begin every `round_steps` steps, each with an evaluation of all sources that have `val_paths`. w are the
+    configured weights (1 in the paper); a source of weight 0 takes no part, but its held-out loss may be a target.
 
-    graph: A, as a path of what `headrace mix estimate-graph` wrote, or as {source: {source: weight}}, where A_ii is 1 and
-    others are 0 unless given. Without one each source teaches itself only.
+    graph: A, as a path of what `headrace mix estimate-graph` wrote, or as {source: {source: weight}}, where A_ii is 1
+    and others are 0 unless given. Without one each source teaches itself only.
     eta, window: η and the rounds that count; 0.5 and 3 for the paper's LEGO.
     round_steps: steps of a round. The paper has 6 rounds in 6,000 steps.
     """
@@ -62,8 +62,8 @@ class SkillIt:
         missing = [] if context.held_out is None else [name for name in taught if name not in context.held_out]
         if missing:
             raise ConfigError(
-                f"data.policy.kind: 'skill_it' needs held-out data; set val_paths of {', '.join(missing)}, or leave them "
-                "out of the graph"
+                f"data.policy.kind: 'skill_it' needs held-out data; set val_paths of {', '.join(missing)}, or leave "
+                "them out of the graph"
             )
         self.load_state_dict({})
 
