@@ -32,6 +32,8 @@ class Ado:
     gamma1, gamma2, s, least_share (δ_min): 0.1, 0.1, 0.5, 0.01 in the paper.
     refit_every, ignore_steps: 1000 reports each in the authors' code. Losses of the first `ignore_steps` are left out
     of the fits, being of another regime. Short runs need less: a tenth of the run is a start.
+    mean_of: reports that a point of a fit is the mean of, at first (`loss_curve.py`). The authors take every tenth step
+    of a smoothed curve.
     count: what n is. `all`: tokens of all sources, as the authors' code, since sources teach one another; `own`: the
     source's own tokens, as the equations.
     """
@@ -55,6 +57,7 @@ class Ado:
         least_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01,
         refit_every: Annotated[int, Field(ge=1)] = 1000,
         ignore_steps: Annotated[int, Field(ge=0)] = 1000,
+        mean_of: Annotated[int, Field(ge=1)] = 10,
         count: Literal["all", "own"] = "all",
     ) -> None:
         self._names = switched_on(initial)
@@ -63,6 +66,7 @@ class Ado:
         self._gamma1, self._gamma2, self._s = gamma1, gamma2, s
         self._least = min(least_share, 1 / len(self._names))
         self._refit_every, self._ignore, self._own = refit_every, ignore_steps, count == "own"
+        self._mean_of = mean_of
         self.load_state_dict({})
 
     def weights(self, step: int, feedback: Sequence[Feedback]) -> Mapping[str, float]:
@@ -133,8 +137,7 @@ class Ado:
         self._seen = {name: float(state.get("seen", {}).get(name, 0.0)) for name in self._names}
         laws = state.get("laws", {})
         self._laws = {name: PowerLaw(*laws[name]) for name in self._names if name in laws}
-        # Ten steps a mean at first: the authors take every tenth step of a smoothed curve.
-        self._curves = {name: LossCurve(10) for name in self._names}
+        self._curves = {name: LossCurve(self._mean_of) for name in self._names}
         for name, curve in state.get("curves", {}).items():
             if name in self._curves:
                 self._curves[name].load(curve)

@@ -34,6 +34,7 @@ class Mastery:
     at, until: relative distance to the floor at which a source becomes mastered, and ceases to be.
     keep: what a mastered source keeps of its weight.
     refit_every, ignore_steps: reports between fits, and reports at the beginning whose losses are left out of them.
+    mean_of: reports that a point of a fit is the mean of, at first (`loss_curve.py`).
     """
 
     uses_feedback = True
@@ -54,6 +55,7 @@ class Mastery:
         least_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01,
         refit_every: Annotated[int, Field(ge=1)] = 200,
         ignore_steps: Annotated[int, Field(ge=0)] = 200,
+        mean_of: Annotated[int, Field(ge=1)] = 5,
     ) -> None:
         if until <= at:
             raise ConfigError(f"data.policy.options of 'mastery': until ({until}) must be larger than at ({at})")
@@ -62,7 +64,7 @@ class Mastery:
         self._off = {name: 0.0 for name in initial if name not in self._prior}
         self._at, self._until, self._keep = at, until, keep
         self._least = min(least_share, 1 / len(self._names))
-        self._refit_every, self._ignore = refit_every, ignore_steps
+        self._refit_every, self._ignore, self._mean_of = refit_every, ignore_steps, mean_of
         self.load_state_dict({})
 
     def weights(self, step: int, feedback: Sequence[Feedback]) -> Mapping[str, float]:
@@ -116,7 +118,7 @@ class Mastery:
         self._smoothed = {name: loss for name, loss in state.get("smoothed", {}).items() if name in self._seen}
         self._mastered = [name for name in state.get("mastered", []) if name in self._seen]
         self._laws = {name: PowerLaw(*law) for name, law in state.get("laws", {}).items() if name in self._seen}
-        self._curves = {name: LossCurve(5) for name in self._names}
+        self._curves = {name: LossCurve(self._mean_of) for name in self._names}
         for name, curve in state.get("curves", {}).items():
             if name in self._curves:
                 self._curves[name].load(curve)

@@ -20,10 +20,10 @@ NAMES = ("web", "code", "books")
 INITIAL = {"web": 2.0, "code": 1.0, "books": 1.0}
 STAGES = [{"from_tokens": 40, "weights": {"web": 1, "code": 3}, "shape": "linear"}, {"from_tokens": 90, "mixture": "m"}]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ado": {"refit_every": 10, "ignore_steps": 2},
+    "ado": {"refit_every": 10, "ignore_steps": 2, "mean_of": 2},
     "aioli": {"round_steps": 12, "turn_steps": 1, "sweeps": 1},
     "doremi": {"reference": "recorded"},
-    "mastery": {"refit_every": 10, "ignore_steps": 2, "at": 0.5, "until": 0.8},
+    "mastery": {"refit_every": 10, "ignore_steps": 2, "mean_of": 2, "at": 0.5, "until": 0.8},
     "odm": {"warmup_steps": 3},
     "schedule": {"stages": STAGES, "mixtures": {"m": {"books": 1.0}}},
     "skill_it": {"round_steps": 4, "graph": {"web": {"code": 0.5}}},
