@@ -2,7 +2,7 @@
 
 from typing import Any
 
-POINTS = 128
+POINTS = 64
 """Means kept at most; when there are as many, neighbours are joined in pairs, and a mean covers twice as much."""
 
 

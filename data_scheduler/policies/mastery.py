@@ -53,8 +53,8 @@ class Mastery:
         until: Annotated[float, Field(gt=0.0)] = 0.05,
         keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25,
         least_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01,
-        refit_every: Annotated[int, Field(ge=1)] = 200,
-        ignore_steps: Annotated[int, Field(ge=0)] = 200,
+        refit_every: Annotated[int, Field(ge=1)] = 500,
+        ignore_steps: Annotated[int, Field(ge=0)] = 500,
         mean_of: Annotated[int, Field(ge=1)] = 5,
     ) -> None:
         if until <= at:
@@ -79,13 +79,14 @@ class Mastery:
 
     def _hear(self, report: Feedback) -> None:
         self._heard += 1
+        self._seen, self._smoothed = dict(self._seen), dict(self._smoothed)  # what was saved stays as it was
         for name, loss in finite(report.source_loss).items():
             tokens = report.source_tokens.get(name, 0)
             if name not in self._curves or tokens <= 0 or loss <= LEAST_LOSS:
                 continue
-            self._seen = {**self._seen, name: self._seen[name] + tokens}
+            self._seen[name] += tokens
             before = self._smoothed.get(name, loss)
-            self._smoothed = {**self._smoothed, name: (1 - SMOOTHING) * before + SMOOTHING * loss}
+            self._smoothed[name] = (1 - SMOOTHING) * before + SMOOTHING * loss
             if self._heard > self._ignore:
                 self._curves[name].add(self._seen[name], loss)
         if self._heard % self._refit_every == 0:
