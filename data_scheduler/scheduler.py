@@ -223,7 +223,7 @@ class Scheduler:
         for early in self._consumed.feedback:
             if early.step == step:  # from `validated`, before the step
                 validation.update(early.validation_loss)
-        shares = self._shares_drawn_with(step) if self._policy.uses_feedback else {}
+        shares = self._shares_drawn_with(step)
         report = Feedback(step, dict(source_loss), dict(source_tokens), validation, shares)
         self._consumed.feedback = [other for other in self._consumed.feedback if other.step != step] + [report]
         with self._report_arrived:

@@ -12,6 +12,8 @@ from data_scheduler.policies.distribution import finite, normalized, softmax, sw
 from headrace.errors import ConfigError
 
 Matrix = dict[str, dict[str, float]]
+DRAWN_AS_ASKED = 1e-3
+"""Largest difference of a turn's shares to those asked for; guard-rails that allow less change too little to matter."""
 
 
 class Aioli:
@@ -28,8 +30,8 @@ class Aioli:
 
     and p is drawn for the rest of the round, beginning `horizon` steps after the last turn. As in the authors' code, an
     update starts from w where `ema` smooths, and from the last p with `ema` null (the paper's equation). Held-out
-    losses are measured at both ends of every turn. A round in which one is missing changes nothing. A source of weight
-    0 takes no part.
+    losses are measured at both ends of every turn. A round in which one is missing, or a turn was drawn with other
+    shares (guard-rails, people), changes nothing. A source of weight 0 takes no part.
 
     eta, turn_steps, sweeps, round_steps, own_share, ema: 0.2, 4, 4, 250, 0.75, 0.1, as in the authors' instructions
     (they try η from 0.1 to 0.5, and 2 sweeps with turns of 10 steps for seven sources).
@@ -92,11 +94,19 @@ class Aioli:
         return self._mixture(self._turn_of(number, turn)) | self._off
 
     def _hear(self, report: Feedback) -> None:
-        if not self.wants_validation(report.step):
-            return
         number, place = divmod(report.step, self._round_steps)
         if place == 0:
             self._losses = []
+        if self.wants_validation(report.step):
+            self._hear_losses(report, number, place)
+        turn = place // self._turn_steps
+        if turn < self._turns and report.shares:
+            asked = self._mixture(self._turn_of(number, turn))
+            if any(abs(report.shares.get(name, 0.0) - share) > DRAWN_AS_ASKED for name, share in asked.items()):
+                self._losses = []  # a guard-rail or a person saw to another mixture: no later ones count in this round
+
+    def _hear_losses(self, report: Feedback, number: int, place: int) -> None:
+        """Keep the losses at an end of a turn; after the last, update p."""
         losses = finite(report.validation_loss)
         if len(self._losses) * self._turn_steps != place or not losses.keys() >= set(self._names):
             return  # one is missing, so all later ones of the round are left out

@@ -43,7 +43,7 @@ def open_policy(config: DataConfig, context: Context) -> Policy:
     bounded = any(low) or any(most < ONE for most in high) or guard.max_change is not None or guard.update_every > 1
     if not (policy.uses_feedback or bounded or config.policy.dry_run):
         return policy
-    return Guard(policy, initial, guard, low, high, dry_run=config.policy.dry_run)
+    return Guard(policy, initial, guard, low, high, kind=config.policy.kind, dry_run=config.policy.dry_run)
 
 
 class Guard:
@@ -65,14 +65,16 @@ class Guard:
         low: Sequence[int],
         high: Sequence[int],
         *,
+        kind: str = "",
         dry_run: bool = False,
     ) -> None:
         """low, high: bounds of the sources of `initial`, in its order, in units of 1/ONE; they leave room.
 
+        kind: the policy's name; a state saved under another one is that of another policy, which begins anew.
         With `dry_run` the weights stay the configured ones, and what would have been is noted.
         """
         self.uses_feedback = policy.uses_feedback
-        self._policy, self._config, self._dry_run = policy, config, dry_run
+        self._policy, self._config, self._kind, self._dry_run = policy, config, kind, dry_run
         self._initial, self._names = dict(initial), list(initial)
         self._low, self._high = list(low), list(high)
         self._change = None if config.max_change is None else max(1, int(config.max_change * ONE))
@@ -148,6 +150,7 @@ class Guard:
         """The shares in force, the freeze, the running mean, and the policy's own state."""
         return {
             "guard": {
+                "kind": self._kind,
                 "sources": self._names,
                 "last": self._last,
                 "wanted": self._wanted,
@@ -167,13 +170,15 @@ class Guard:
         self._wanted = dict(guard.get("wanted", {}))
         # Bounds and sources of the configuration may be others now.
         same = bool(known) and list(known) == self._names and project(self._last, self._low, self._high) == self._last
-        self._moving = bool(guard.get("moving", False)) or not same
+        own = guard.get("kind", self._kind) == self._kind
+        self._moving = bool(guard.get("moving", False)) or not same or not own
         self._frozen_until = int(guard.get("frozen_until", 0))
         self._mean = float(guard.get("mean", 0.0))
         self._reports = int(guard.get("reports", 0))
         self._notes = []
         self._given = self._as_weights()
-        self._policy.load_state_dict(state.get("policy", {}) if "guard" in state else state)
+        inner = state.get("policy", {}) if "guard" in state else state
+        self._policy.load_state_dict(inner if own else {})
 
     def _as_weights(self) -> dict[str, float]:
         return {name: share / ONE for name, share in zip(self._names, self._last, strict=True)} if self._last else {}

@@ -265,3 +265,17 @@ def test_mistakes_in_a_schedule_are_one_line(stages: list[dict[str, Any]], messa
     with pytest.raises(ConfigError, match=message) as caught:
         policy("schedule", stages=stages)
     assert "\n" not in str(caught.value)
+
+
+def test_aioli_learns_nothing_from_turns_that_were_drawn_otherwise() -> None:
+    def after(share: float) -> dict[str, float]:
+        made = policy("aioli", {"a": 1.0, "b": 1.0}, turn_steps=1, sweeps=1, round_steps=8, ema=None)
+        reports = [Feedback(step, validation_loss={"a": 3.0 - step**2 / 2, "b": 3.0}) for step in range(3)]
+        drawn = shares(made, 1)
+        changed = {name: value * share for name, value in drawn.items()}
+        changed["a"] += 1 - sum(changed.values())
+        reports[1] = Feedback(1, validation_loss=reports[1].validation_loss, shares=changed)
+        return shares(made, 4, *reports)
+
+    assert after(1.0)["a"] != 0.5
+    assert after(0.9) == {"a": 0.5, "b": 0.5}

@@ -71,7 +71,7 @@ def boxes(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
     return wanted, low, high
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(boxes())
 def test_projection_is_within_all_bounds_and_nearest(box: tuple[list[int], list[int], list[int]]) -> None:
     wanted, low, high = box
@@ -97,7 +97,7 @@ def test_projection_by_hand() -> None:
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_the_output_satisfies_every_bound_at_once(data: st.DataObject) -> None:
     size = data.draw(st.integers(2, 6))
@@ -298,3 +298,16 @@ def test_a_state_from_before_the_guard_is_taken_up() -> None:
     made = open_policy(config(), Context(("a", "b", "c")))
     made.load_state_dict(json.loads(json.dumps(bare.state_dict())))
     assert made.state_dict()["policy"] == bare.state_dict()
+
+
+def test_another_policy_begins_anew_from_the_shares_in_force() -> None:
+    first = open_policy(config({"max_change": 0.1}, kind="odm"), Context(("a", "b", "c")))
+    first.weights(0, [])
+    first.weights(1, [Feedback(0, {"a": 9.0, "b": 1.0, "c": 1.0}, shares=dict.fromkeys("abc", 1 / 3))])
+    in_force = first.weights(2, [])
+    second = open_policy(config({"max_change": 0.1}, kind="static", a={"weight": 8.0}), Context(("a", "b", "c")))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.weights(3, [])["a"] == pytest.approx(in_force["a"] + 0.1)
+    third = open_policy(config(kind="ado"), Context(("a", "b", "c")))
+    third.load_state_dict(first.state_dict())
+    assert third.state_dict()["policy"] == make_policy("ado", {}, dict.fromkeys("abc", 1.0)).state_dict()

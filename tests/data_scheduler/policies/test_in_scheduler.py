@@ -91,7 +91,7 @@ def policy_config(data_config: Make, tmp_path: Path) -> Callable[..., DataConfig
 def test_a_policy_survives_stop_elastic_resume_and_replay(
     policy_config: Callable[..., DataConfig], tmp_path: Path, kind: str
 ) -> None:
-    config = policy_config(kind, {"max_change": 0.02 if kind == "mastery" else 0.3, "min_share": 0.02})
+    config = policy_config(kind, {"max_change": {"mastery": 0.02, "aioli": 0.6}.get(kind, 0.3), "min_share": 0.02})
     run_dir = tmp_path / "run"
     kept: dict[Any, Any] = {}
     whole = [Scheduler(config, run_dir=run_dir)]
