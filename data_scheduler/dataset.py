@@ -55,14 +55,15 @@ class DataScheduler(IterableDataset[TorchBatch]):
         dp_rank: int = 0,
         dp_size: int = 1,
         run_dir: str | os.PathLike[str] | None = None,
+        run_steps: int | None = None,
     ) -> "DataScheduler":
         """Build from a `DataConfig`, a mapping, or a YAML file (a whole run's configuration, or its `data` section).
 
-        With `run_dir` the journal is kept there, and a journal found there is continued. Raises ConfigError,
-        LayoutError or DataError.
+        With `run_dir` the journal is kept there, and a journal found there is continued. `run_steps` is the length of
+        the whole run, for policies that plan for it. Raises ConfigError, LayoutError or DataError.
         """
         data = config if isinstance(config, DataConfig) else _data_config(config)
-        return cls(Scheduler(data, dp_rank=dp_rank, dp_size=dp_size, run_dir=run_dir))
+        return cls(Scheduler(data, dp_rank=dp_rank, dp_size=dp_size, run_dir=run_dir, run_steps=run_steps))
 
     def __iter__(self) -> Iterator[TorchBatch]:
         if get_worker_info() is not None:

@@ -127,7 +127,10 @@ class State:
             "asked": self.asked.copy(),
             "policy": dict(self.policy),
             "wanted": dict(self.wanted),
-            "feedback": [[f.step, dict(f.source_loss), dict(f.source_tokens)] for f in self.feedback],
+            "feedback": [
+                [f.step, dict(f.source_loss), dict(f.source_tokens), dict(f.validation_loss), dict(f.shares)]
+                for f in self.feedback
+            ],
             "lanes_mod": [dp_rank, dp_size],
         }
 
@@ -161,7 +164,7 @@ class State:
             np.pad(np.asarray(state["asked"], dtype=np.int32), ((0, 0), (0, new))),
             dict(state["policy"]),
             dict(state["wanted"]),
-            [Feedback(step, loss, tokens) for step, loss, tokens in state["feedback"]],
+            [Feedback(*report) for report in state["feedback"]],
         )
 
 

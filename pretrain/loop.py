@@ -141,7 +141,8 @@ class Run:
         while self.done.step < steps and not stop and not halt:
             self._step(sinks, progress)
             at = self.done.step
-            if self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every)) or at == steps:
+            due = self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every))
+            if due or at == steps or self.scheduler.wants_validation:
                 self._evaluate(sinks, progress)
             stop = self._between_steps(progress)
             halt = setting(self.scheduler, "stop_at", -1) == at
@@ -272,6 +273,7 @@ class Run:
     def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
         losses = self.held_out.losses(self.state)
         if losses:
+            self.scheduler.validated(losses)
             record: Record = {"step": self.done.step, "val_loss": losses}
             for sink in sinks:
                 sink.write(record)
@@ -344,6 +346,7 @@ class Run:
             journal=journal,
             watch=False,
             hashing=True,
+            run_steps=self.config.train.steps,
         )
 
     def _open_sinks(self) -> list[Sink]:
