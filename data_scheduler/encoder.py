@@ -40,7 +40,7 @@ Offsets = npt.NDArray[np.int64]
 
 REMADE_BYTES = 64 << 30
 """Bytes of text after which gigatoken's tokenizer is made anew. The words it has met grow with the 0.5th to 0.65th
-power of the text, to one or two gigabytes then; at 1 µs a word, meeting them again costs 1 to 2 % of encoding it all."""
+power of the text, to one or two gigabytes then; at 1 µs a word, meeting them again costs 1 to 2 % of encoding all."""
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>")

@@ -60,7 +60,7 @@ class SourceReader:
         """Newly met rejects, in the order met; the scheduler empties it into each batch."""
         self._data, self._cache = data, cache
         self._hands: OrderedDict[int, tuple[Int64, Int64]] = OrderedDict()
-        """(chunks lane after lane, where each lane's begin) by epoch; an array for each lane would be five times that."""
+        """(chunks lane after lane, where each lane's begin) by epoch; an array each would be five times that."""
         self._records_read = 0
         self._records_rejected = 0
         self._last_reject: RejectedRecord | None = None
