@@ -21,8 +21,8 @@ from data_scheduler.token_cache import CachedChunk, TokenCache
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError
 
-HANDS_CHUNKS = 1 << 18
-"""Chunks in dealings that are kept, 8 bytes each, besides the last three."""
+HANDS_BYTES = 1 << 19
+"""Dealings that are kept, besides the last three: 90 epochs of 500 chunks dealt to 240 lanes."""
 REJECT_GRACE = 1000
 """Records read before `max_reject_fraction` is enforced; a bad first record is not a bad source."""
 
@@ -59,7 +59,8 @@ class SourceReader:
         self.rejects: list[RejectedRecord] = []
         """Newly met rejects, in the order met; the scheduler empties it into each batch."""
         self._data, self._cache = data, cache
-        self._hands: OrderedDict[int, list[Int64]] = OrderedDict()
+        self._hands: OrderedDict[int, tuple[Int64, Int64]] = OrderedDict()
+        """(chunks lane after lane, where each lane's begin) by epoch; an array each would be five times that."""
         self._records_read = 0
         self._records_rejected = 0
         self._last_reject: RejectedRecord | None = None
@@ -106,12 +107,14 @@ class SourceReader:
                 for number, (first, stop) in enumerate(itertools.pairwise(self._firsts))
             ]
             lanes = permutation(self.lanes, self.seed, "lanes", self.config.name, epoch)
-            self._hands[epoch] = deal(self._sizes, np.concatenate(joined), lanes)
+            hands = deal(self._sizes, np.concatenate(joined), lanes)
+            self._hands[epoch] = np.concatenate(hands), np.cumsum([0, *map(len, hands)])
             # Lanes of a large source are an epoch apart at most; those of one with few documents drift far apart, and a
             # dealing of 500 chunks costs as much as 100 sequences.
-            while len(self._hands) > max(3, HANDS_CHUNKS // len(self.chunks)):
+            while len(self._hands) > max(3, HANDS_BYTES // (8 * (len(self.chunks) + self.lanes))):
                 self._hands.popitem(last=False)
-        whole = self._hands[epoch][lane]
+        dealt, firsts = self._hands[epoch]
+        whole = dealt[firsts[lane] : firsts[lane + 1]]
         if len(self._firsts) == 2:
             return whole
         began = whole[whole < self._firsts[began_with]]
