@@ -13,21 +13,6 @@ from launch.site import Site, load_site
 from launch.slurm import SlurmRequest, launch_slurm
 from pretrain.config import load_config
 
-CONFIG = """
-run: {dir: RUN}
-model: {family: llama, num_layers: 4, hidden_size: 64, num_attention_heads: 4, ffn_hidden_size: 128}
-data: {tokenizer: t.json, sources: [{name: a, paths: [a.jsonl]}], seq_len: 64, global_batch_size: 8, lanes: 8}
-train: {steps: 2}
-"""
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "mill.yaml"
-    path.write_text(CONFIG.replace("RUN", "runs/mill"))
-    return path
-
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(config: Path, tmp_path: Path) -> None:
     arguments = ["slurm", str(config), "--nodes", "4", "--gpus-per-node", "2", "--partition", "gpu", "--dry-run"]

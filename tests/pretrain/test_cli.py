@@ -89,6 +89,10 @@ def test_train_replay_trace_ledger(headrace: Headrace, config: Path, tmp_path: P
     (run / "metrics.jsonl").write_text(metrics.replace(hashes[1], "0" * 64))
     one_line(headrace("data", "replay", run, "--steps", "0:2", "--sha256"), 3, "the first is 1")
     (run / "metrics.jsonl").write_text(metrics)
+    for ahead in (["replay", run, "--steps", "2:3"], ["trace", run, "--step", 3], ["ledger", run, "--step", 4]):
+        code, output = headrace("data", *ahead)
+        assert code == 0
+        assert "has trained steps 0 to 2; later ones are shown as its plan stands now" in output
     code, output = headrace("data", "trace", run, "--step", 1, "--text")
     assert code == 0
     assert output.count("== slot") >= 4
@@ -101,7 +105,8 @@ def test_train_replay_trace_ledger(headrace: Headrace, config: Path, tmp_path: P
     assert code == 0
     assert sum(source["tokens"] for source in json.loads(output)["sources"]) == 3 * 4 * 17
     for command in (["ledger"], ["trace", "--step", "0"]):
-        assert headrace("data", command[0], run, *command[1:])[0] == 0
+        code, output = headrace("data", command[0], run, *command[1:])
+        assert (code, "note:" in output) == (0, False)
 
 
 def test_several_processes_are_one_command(headrace: Headrace, config: Path, tmp_path: Path) -> None:
