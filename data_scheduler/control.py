@@ -103,8 +103,11 @@ def check_something_left(journal: Journal, decision: Decision, by: str) -> None:
         trial.apply(event)
     trial.apply(Event(len(journal.events), 0.0, decision.step, decision.kind, decision.data, by))
     for step in sorted({decision.step, *(change for change in trial.changes if change > decision.step)}):
-        asked = trial.asked(step)
-        if asked is not None and not math.fsum(asked.values()):
+        out, weights = trial.quarantined(step), trial.mixture.at(step) or {}
+        # A policy that wants nothing else is helped by the configured weights; what a person wants is never bent.
+        wanted = math.fsum(weight for name, weight in weights.items() if name not in out)
+        person = trial.person_decides(step) is not None
+        if (person and not wanted) or not trial.without_quarantined(weights, step):
             raise RefusedError(f"at step {step} no source with a weight would be left that is not under quarantine")
 
 

@@ -118,7 +118,7 @@ class Plan:
             self.settings[event.kind].put(Entry(event.step, event.seq, data["value"], event.by, command))
         elif event.kind == "quarantine":
             self._quarantines = self._quarantines | {
-                data["source"]: [*self._quarantines.get(data["source"], []), (event.step, data["command"])]
+                data["source"]: [*self._quarantines.get(data["source"], []), (event.step, data.get("command", ""))]
             }
         elif event.kind == "source_added" and event.by.startswith("user:"):
             self.added[data["source"]["name"]] = (event.step, data["source"]["weight"])
@@ -153,8 +153,19 @@ class Plan:
 
     def asked(self, step: int) -> Mapping[str, float] | None:
         """The weights of a step without quarantined sources; None before the first mixture."""
-        weights, out = self.mixture.at(step), self.quarantined(step)
-        return weights and {name: weight for name, weight in weights.items() if name not in out}
+        weights = self.mixture.at(step)
+        return weights and self.without_quarantined(weights, step)
+
+    def without_quarantined(self, weights: Mapping[str, float], step: int) -> Mapping[str, float]:
+        """`weights` of the sources that are not under quarantine at `step`; where they have none, what the
+        configuration gives these. Empty when every source is under quarantine."""
+        out = self.quarantined(step)
+        if not out:
+            return weights
+        left = {name: weight for name, weight in weights.items() if name not in out}
+        if not any(left.values()):
+            left = {name: weight for name, weight in self.chosen(step).initial.items() if name not in out}
+        return left if any(left.values()) else dict.fromkeys(left, 1.0)
 
     @property
     def changes(self) -> list[int]:

@@ -475,8 +475,7 @@ class Scheduler:
         """Each source's share of a step, int64[sources]; nothing for sources that have reached their limit."""
         weights = self._weights(step)
         quarantined = self.plan.quarantined(step)
-        if quarantined:
-            weights = {name: weight for name, weight in weights.items() if name not in quarantined}
+        weights = self.plan.without_quarantined(weights, step)
         capped = [name for name in list(self.plan.capped) if self.plan.is_capped(name, step)]
         if capped:
             weights = {name: 0.0 if name in capped else weight for name, weight in weights.items()}

@@ -144,14 +144,15 @@ class Run:
             due = self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every))
             if due or at == steps or self.scheduler.wants_validation:
                 self._evaluate(sinks, progress)
+            if (every and at % every == 0) or at == steps:
+                self._save(progress)  # before a pause that may last for hours
             stop = self._between_steps(progress)
             halt = setting(self.scheduler, "stop_at", -1) == at
-            if (every and at % every == 0) or at == steps or stop or halt:
-                self._save(progress)
-        if stop and self.done.step < steps:
+        if stop or halt:
             self._save(progress)
-            text = f"asked to stop: saved at step {self.done.step}; the same command goes on from there"
-            self._tell(progress, text)
+        if stop and self.done.step < steps:
+            where = f"saved at step {self.done.step}" if self.done.step else "nothing was done yet"
+            self._tell(progress, f"asked to stop: {where}; the same command goes on from there")
             return ExitCode.RECOVERABLE
         if halt and self.done.step < steps:
             self._tell(progress, f"stop-at: saved at step {self.done.step}; the same command goes on from there")
@@ -283,8 +284,8 @@ class Run:
     # -- saving and resuming -------------------------------------------------------------------------------------
 
     def _save(self, progress: Progress) -> None:
-        if self._saved_at == self.done.step:
-            return  # a person asked for it just now
+        if self.done.step in (0, self._saved_at):
+            return  # an optimizer that has made no step has no state to go on from; or a person asked for it just now
         self._saved_at = self.done.step
         data_state = self._whole_data_state()
         path = self.checkpoints.save(self.state, data_state, self.done, self.config.checkpoint.keep_last)

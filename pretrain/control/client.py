@@ -61,8 +61,10 @@ class ByFile:
         self._folder, self._run_dir = Folder(run_dir), run_dir
         if not (run_dir / "journal.jsonl").exists():
             raise ConfigError(f"{run_dir}: no journal.jsonl there; give a run folder, or the URL of its endpoint")
-        if not self._folder.inbox.is_dir():
-            raise ConfigError(f"{run_dir}: no run has taken commands there yet; start it first")
+        try:
+            self._folder.create()  # a run that is just starting has not made it yet
+        except OSError as error:
+            raise ConfigError(f"{self._folder.path}: {error.strerror}; you may not command this run") from None
 
     def send(self, request: dict[str, Any], timeout_s: float) -> Answer:
         """As in `Way`. A request that nobody has taken when the time is over is withdrawn."""

@@ -165,6 +165,8 @@ def _decision(command: ask.Command, stand: Stand) -> tuple[list[Decision], Decis
         case ask.SetEvalEvery():
             return [], Decision("eval_every", step, {"value": command.every})
         case ask.SaveNow():
+            if step == 0:
+                raise RefusedError("there is nothing to save before the first step")
             return [], Decision("save_asked", step, {})
         case ask.StopAt():
             last = first_step(command.at, step, step)

@@ -1,19 +1,18 @@
 """A live run obeys, answers, and does the same again: one process; see test_control_ranks.py for several."""
 
+import contextlib
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import child_process
-import orjson
 import pytest
 from small_corpus import jsonl, make_documents
-from test_loop import Make, curve, maker, run_to_end
+from test_loop import Make, curve, maker
 from typer.testing import CliRunner
 
 from data_scheduler import DataConfig, Journal, batch_sha256
@@ -21,7 +20,7 @@ from data_scheduler.replay import replay
 from headrace.errors import UnreachableError
 from pretrain.cli import app
 from pretrain.config import RunConfig
-from pretrain.control.client import ByFile, ByHttp, Way, ask
+from pretrain.control.client import ByFile, Way, ask
 from pretrain.loop import train
 
 LONG = 100_000
@@ -39,8 +38,11 @@ class Live:
         self.run_dir = Path(config.run.dir)
         self.log = self.run_dir.with_suffix(".log")
         self.pid = child_process.start(lambda: train(config), self.log)
+
+    def up(self) -> "Live":
         self._until((self.run_dir / "metrics.jsonl").exists)
         self.way: Way = ByFile(self.run_dir)
+        return self
 
     def ask(self, command: str, why: str = "", **arguments: Any) -> dict[str, Any]:
         return ask(self.way, {"command": command, **arguments}, why, 60)
@@ -89,18 +91,17 @@ def live(run_config: Make) -> Any:
     def start(name: str = "run", **changes: Any) -> Live:
         changes = {"train__steps": LONG, "checkpoint__every": 0, **changes}
         made.append(Live(run_config(name, **changes)))
-        return made[-1]
+        return made[-1].up()
 
     yield start
     for run in made:
-        try:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             run.kill()
-        except (ProcessLookupError, ChildProcessError):
-            pass
 
 
 def test_all_commands_one_after_the_other(live: Any, tmp_path: Path, run_config: Make) -> None:
     run = live()
+    run.until_step(4)
     status = run.ask("status")
     assert status["decided_by"] == "policy:static"
     mixed = run.accepted("set-mix", "d is best", weights={"d": 3, "a": 1})
@@ -138,7 +139,7 @@ def test_all_commands_one_after_the_other(live: Any, tmp_path: Path, run_config:
     assert all(given[step] == {"e"} for step in range(ramp["step"] + 4, back["step"]))
     assert all(given[step] == {"a", "d"} for step in range(back["step"] + 1, chosen["step"]))
     assert set().union(*(given[step] for step in range(chosen["step"] + 1, chosen["step"] + 6))) == set("abcde")
-    assert records[slower["step"] - 1]["lr"] == 2 * records[slower["step"]]["lr"]
+    assert records[slower["step"] - 1]["lr"] == pytest.approx(2 * records[slower["step"]]["lr"], rel=1e-3)
     again = {batch.step: batch_sha256(batch.digests) for batch in replay(run.run_dir, 0, max(records))}
     assert again == {step: record["batch_sha256"] for step, record in records.items()}
 
@@ -180,3 +181,109 @@ def test_a_command_begins_with_the_first_step_that_is_not_prepared(live: Any) ->
         begins = run.accepted("set-mix", weights={"a": 1.0})["step"]
         after = run.ask("status")["step"]
         assert before + 6 <= begins <= after + 6
+
+
+def ctl(*words: str) -> Any:
+    return CliRunner().invoke(app, ["ctl", *words])
+
+
+def test_the_command_line_says_what_came_of_it(live: Any, tmp_path: Path) -> None:
+    run = live(control__http=True)
+    folder = str(run.run_dir)
+    done = ctl(folder, "set-mix", "a=0.5", "d=0.5", "--at", "+50", "--why", "try d")
+    assert done.exit_code == 0, done.output
+    mixed = run.journal()[int(done.output.split()[2])]
+    assert f"accepted: event {mixed.seq} (mixture), from step {mixed.step} on" in done.output
+    assert mixed.data["why"] == "try d"
+    shown = ctl(folder, "status").output
+    assert f"event {mixed.seq}, step {mixed.step}: mixture by user:" in shown
+    assert ": try d" in shown
+    options = "stages=[{from_step: 5, weights: {a: 1}}]"
+    assert ctl("--http", folder, "set-policy", "schedule", options).exit_code == 0
+    url = json.loads((run.run_dir / "control" / "endpoint.json").read_text())
+    token = tmp_path / "token"
+    token.write_text(url["token"])
+    token.chmod(0o600)
+    answer = ctl("--json", "--token-file", str(token), url["url"], "set-lr-scale", "0.5")
+    assert json.loads(answer.output)["status"] == "accepted"
+    source = tmp_path / "source.yaml"
+    (tmp_path / "e.jsonl").write_bytes(jsonl(make_documents("e", 50, 0)))
+    source.write_text(f"name: e\npaths: [{tmp_path}/e.jsonl]\nweight: 1e-1\n")
+    assert ctl(folder, "add-source", str(source)).exit_code == 0
+    for words in (["set-eval-every", "7"], ["save-now"], ["quarantine", "b"], ["pause"], ["resume"]):
+        done = ctl(folder, *words)
+        assert done.exit_code == 0, done.output
+    assert ctl(folder, "undo", str(mixed.seq)).exit_code == 0
+    for words, reason in (
+        (["set-mix", "zz=1"], "unknown source 'zz'"),
+        (["quarantine", "a:file.jsonl:3"], "name its source only"),
+        (["undo", "0"], "not asked for by a command"),
+        (["stop-at", "1"], "is over"),
+    ):
+        refused = ctl(folder, *words)
+        assert refused.exit_code == 2
+        assert reason in refused.output
+    stop = ctl(folder, "stop-at", "+3")
+    assert stop.exit_code == 0
+    run.end()
+    gone = ctl(folder, "status", "--timeout", "0.2")
+    assert isinstance(gone.exception, UnreachableError)
+    assert not (run.run_dir / "control" / "endpoint.json").exists()
+
+
+def test_a_command_that_a_killed_run_had_taken_is_carried_out_once_when_it_goes_on(live: Any, run_config: Make) -> None:
+    run = live(checkpoint__every=5)
+    run.until_step(8)
+    run.kill()
+    done = run.journal()
+    taken = run.run_dir / "control" / "taken"
+    requests = {
+        "00000001-lost": {"command": "set-lr-scale", "scale": 0.25},  # taken, then killed
+        "00000002-told": {"command": "set-lr-scale", "scale": 4.0},  # journaled, then killed before it was answered
+    }
+    for name, command in requests.items():
+        (taken / f"{name}.json").write_text(json.dumps({"id": name, "ask": command}))
+    data = {"value": 4.0, "command": "00000002-told", "why": "", "via": "file"}
+    Journal(run.run_dir / "journal.jsonl").append("lr_scale", done[-1].step, data, "user:ada@here")
+    again = live(checkpoint__every=5)
+    again.until_step(again.steps() + 3)
+    answers = again.run_dir / "control" / "answers"
+    told = {path.stem: json.loads(path.read_text()) for path in answers.iterdir()}
+    assert {name: answer["status"] for name, answer in told.items()} == dict.fromkeys(requests, "accepted")
+    assert told["00000002-told"]["event"] == len(done)
+    events = [event.data["command"] for event in again.journal() if event.kind == "lr_scale"]
+    assert events == ["00000002-told", "00000001-lost"]
+    assert list(taken.iterdir()) == []
+
+
+def test_a_run_that_was_paused_is_paused_when_it_is_started_again(live: Any) -> None:
+    run = live(checkpoint__every=1)
+    run.until_step(1)
+    run.accepted("pause")
+    steps = run.steps()
+    run.kill()
+    again = live(checkpoint__every=1)
+    assert again.ask("status")["paused"]
+    assert again.steps() == steps
+    os.kill(again.pid, signal.SIGTERM)  # a pause does not keep a run from ending
+    again.end(4)
+    last = live(checkpoint__every=1)
+    last.accepted("resume")
+    last.until_step(steps + 2)
+
+
+def test_stop_at_ends_the_run_for_now(live: Any, run_config: Make) -> None:
+    run = live()
+    run.accepted("stop-at", at="+4")
+    run.end()
+    stopped = run.steps()
+    assert "stop-at: saved at step" in run.log.read_text()
+    again = live()
+    again.until_step(stopped + 2)
+
+
+def test_a_way_in_that_cannot_be_opened_is_one_line(run_config: Make) -> None:
+    config = run_config("run", control__http=True, control__token_file="/nowhere/token")
+    log = Path(config.run.dir).with_suffix(".log")
+    assert child_process.run(lambda: train(config), log) == 2
+    assert "headrace: error: control.token_file: /nowhere/token: No such file or directory" in log.read_text()

@@ -1,5 +1,6 @@
-"""Several ranks, several clients, kills at random moments, other world sizes: the journal alone decides what happens."""
+"""Several ranks and clients, kills at random moments, other world sizes: the journal alone decides what happens."""
 
+import contextlib
 import os
 import random
 import signal
@@ -80,6 +81,16 @@ def lines(run_dir: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
+def kill(pid: int) -> None:
+    """End a run at once: the ranks die with the process that forked them; what each has forked is in its session."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+
+
 def session(config: RunConfig, ranks: int, rng: random.Random, new: Path, kill_after: int | None) -> list[Any]:
     """A start of the run under fire from three clients, killed after so many records; the answers they got."""
     run_dir = Path(config.run.dir)
@@ -101,8 +112,7 @@ def session(config: RunConfig, ranks: int, rng: random.Random, new: Path, kill_a
             assert time.monotonic() < deadline, log.read_text()
             if lines(run_dir) >= target:
                 time.sleep(rng.random() * 0.1)
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                kill(pid)
                 break
             if kill_after is None and lines(run_dir) > quiet:
                 over.set()
