@@ -19,16 +19,20 @@ class PolicyInputs:
 
     def __init__(self, journal: Journal) -> None:
         self._known = {event.data["name"]: event.data["value"] for event in journal.of("policy_input")}
-        self.new: list[dict[str, Any]] = []
-        """Data of `policy_input` events that are not journaled yet."""
+        self._new: list[dict[str, Any]] = []
 
     def recall(self, name: str, measure: Callable[[], Any]) -> Any:
         """The value under `name`; measured the first time."""
         if name not in self._known:
             # As it will be read back, so that the first start and a later one are given the same.
             self._known[name] = orjson.loads(orjson.dumps(measure()))
-            self.new.append({"name": name, "value": self._known[name]})
+            self._new.append({"name": name, "value": self._known[name]})
         return self._known[name]
+
+    def take_new(self) -> list[dict[str, Any]]:
+        """Data of `policy_input` events to be journaled: what was measured since the last call."""
+        new, self._new = self._new, []
+        return new
 
 
 def run_context(

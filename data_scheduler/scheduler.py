@@ -111,12 +111,12 @@ class Scheduler:
         )
         if not fresh:
             check_same_run(config, journal, self.encoder.fingerprint)
-        inputs = PolicyInputs(journal)
-        context = run_context(config, manifests, self.encoder, inputs, lambda: self.plan, run_steps)
-        self._policy = open_policy(config, context)
+        self._policy_inputs = PolicyInputs(journal)
+        self._context = run_context(config, manifests, self.encoder, self._policy_inputs, lambda: self.plan, run_steps)
+        self._policy = open_policy(config, self._context)
         # Nothing was written so far: a wrong path or setting must not leave half a run behind.
         self._record_sources(fresh, new)
-        for given in inputs.new:
+        for given in self._policy_inputs.take_new():
             journal.append("policy_input", 0, given, "system")
         self.plan = Plan(journal)
         self._resuming = not fresh
