@@ -22,11 +22,6 @@ class PolicyInputs:
         self._known = {event.data["name"]: event.data["value"] for event in journal.of("policy_input")}
         self._new: list[dict[str, Any]] = []
 
-    def take_new(self) -> list[dict[str, Any]]:
-        """Data of `policy_input` events that are to be journaled, once."""
-        new, self._new = self._new, []
-        return new
-
     def recall(self, name: str, measure: Callable[[], Any]) -> Any:
         """The value under `name`; measured the first time."""
         if name not in self._known:
@@ -34,6 +29,11 @@ class PolicyInputs:
             self._known[name] = orjson.loads(orjson.dumps(measure()))
             self._new.append({"name": name, "value": self._known[name]})
         return self._known[name]
+
+    def take_new(self) -> list[dict[str, Any]]:
+        """Data of `policy_input` events to be journaled: what was measured since the last call."""
+        new, self._new = self._new, []
+        return new
 
 
 def run_context(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, validate_call
 
 from data_scheduler.policies import Feedback
+from data_scheduler.policies.context import Context, part_of_run
 from data_scheduler.policies.distribution import finite, floored, normalized, switched_on
 from data_scheduler.policies.loss_curve import LossCurve
 from data_scheduler.policies.power_law import LEAST_LOSS, PowerLaw, fit
@@ -30,8 +31,8 @@ class Ado:
     since the run began. A source not in a report keeps its curve as it is.
 
     gamma1, gamma2, s, least_share (δ_min): 0.1, 0.1, 0.5, 0.01 in the paper.
-    refit_every, ignore_steps: 1000 reports each in the authors' code. Losses of the first `ignore_steps` are left out
-    of the fits, being of another regime. Short runs need less: a tenth of the run is a start.
+    refit_every, ignore_steps: 1000 reports each, as in the authors' code, or a tenth of a shorter run. Losses of the
+    first `ignore_steps` are left out of the fits, being of another regime.
     mean_of: reports that a point of a fit is the mean of, at first (`loss_curve.py`). The authors take every tenth step
     of a smoothed curve.
     count: what n is. `all`: tokens of all sources, as the authors' code, since sources teach one another; `own`: the
@@ -47,7 +48,7 @@ class Ado:
     _laws: dict[str, PowerLaw]
     _curves: dict[str, LossCurve]
 
-    @validate_call(config=ConfigDict(strict=True))
+    @validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     def __init__(
         self,
         initial: Mapping[str, float],
@@ -55,18 +56,22 @@ class Ado:
         gamma2: Between = 0.1,
         s: Annotated[float, Field(ge=0.0)] = 0.5,
         least_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01,
-        refit_every: Annotated[int, Field(ge=1)] = 1000,
-        ignore_steps: Annotated[int, Field(ge=0)] = 1000,
+        refit_every: Annotated[int, Field(ge=1)] | None = None,
+        ignore_steps: Annotated[int, Field(ge=0)] | None = None,
         mean_of: Annotated[int, Field(ge=1)] = 10,
         count: Literal["all", "own"] = "all",
+        *,
+        context: Context,
     ) -> None:
         self._names = switched_on(initial)
         self._prior = normalized({name: initial[name] for name in self._names})
         self._off = {name: 0.0 for name in initial if name not in self._prior}
         self._gamma1, self._gamma2, self._s = gamma1, gamma2, s
         self._least = min(least_share, 1 / len(self._names))
-        self._refit_every, self._ignore, self._own = refit_every, ignore_steps, count == "own"
-        self._mean_of = mean_of
+        usual = part_of_run(context.run_steps, 1000)
+        self._refit_every = usual if refit_every is None else refit_every
+        self._ignore = usual if ignore_steps is None else ignore_steps
+        self._mean_of, self._own = mean_of, count == "own"
         self.load_state_dict({})
 
     def weights(self, step: int, feedback: Sequence[Feedback]) -> Mapping[str, float]:

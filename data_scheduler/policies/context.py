@@ -29,6 +29,11 @@ def _measured(_: str, measure: Callable[[], Any]) -> Any:
     return measure()
 
 
+def part_of_run(run_steps: int | None, most: int) -> int:
+    """A tenth of the run, at most `most`, which it is too where the run's length is not known."""
+    return most if run_steps is None else min(most, max(1, run_steps // 10))
+
+
 @dataclass(frozen=True)
 class Context:
     """Handed to policies whose constructor has a parameter `context`."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, validate_call
 
 from data_scheduler.policies import Feedback
+from data_scheduler.policies.context import Context, part_of_run
 from data_scheduler.policies.distribution import finite, floored, normalized, switched_on
 from data_scheduler.policies.loss_curve import LossCurve
 from data_scheduler.policies.power_law import LEAST_LOSS, PowerLaw, fit
@@ -33,7 +34,8 @@ class Mastery:
 
     at, until: relative distance to the floor at which a source becomes mastered, and ceases to be.
     keep: what a mastered source keeps of its weight.
-    refit_every, ignore_steps: reports between fits, and reports at the beginning whose losses are left out of them.
+    refit_every, ignore_steps: reports between fits, and reports at the beginning whose losses are left out of them; 500
+    each, or a tenth of a shorter run.
     mean_of: reports that a point of a fit is the mean of, at first (`loss_curve.py`).
     """
 
@@ -45,7 +47,7 @@ class Mastery:
     _laws: dict[str, PowerLaw]
     _curves: dict[str, LossCurve]
 
-    @validate_call(config=ConfigDict(strict=True))
+    @validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     def __init__(
         self,
         initial: Mapping[str, float],
@@ -53,9 +55,11 @@ class Mastery:
         until: Annotated[float, Field(gt=0.0)] = 0.05,
         keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25,
         least_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01,
-        refit_every: Annotated[int, Field(ge=1)] = 500,
-        ignore_steps: Annotated[int, Field(ge=0)] = 500,
+        refit_every: Annotated[int, Field(ge=1)] | None = None,
+        ignore_steps: Annotated[int, Field(ge=0)] | None = None,
         mean_of: Annotated[int, Field(ge=1)] = 5,
+        *,
+        context: Context,
     ) -> None:
         if until <= at:
             raise ConfigError(f"data.policy.options of 'mastery': until ({until}) must be larger than at ({at})")
@@ -64,7 +68,10 @@ class Mastery:
         self._off = {name: 0.0 for name in initial if name not in self._prior}
         self._at, self._until, self._keep = at, until, keep
         self._least = min(least_share, 1 / len(self._names))
-        self._refit_every, self._ignore, self._mean_of = refit_every, ignore_steps, mean_of
+        usual = part_of_run(context.run_steps, 500)
+        self._refit_every = usual if refit_every is None else refit_every
+        self._ignore = usual if ignore_steps is None else ignore_steps
+        self._mean_of = mean_of
         self.load_state_dict({})
 
     def weights(self, step: int, feedback: Sequence[Feedback]) -> Mapping[str, float]:

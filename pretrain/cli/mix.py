@@ -70,7 +70,11 @@ def _make_runs(config: Path, steps: int, nproc: int, work: Path) -> list[Path]:
         # Limits and guard-rails are of the run that the graph is for.
         plain = [
             "data.policy={}",
-            *(f"data.sources.{other}.{key}=null" for other in names for key in ("min_share", "max_share")),
+            *(
+                f"data.sources.{other}.{key}=null"
+                for other in names
+                for key in ("min_share", "max_share", "max_epochs")
+            ),
         ]
         command = [
             sys.executable, "-m", "pretrain", "train", str(config), *weights, *plain,

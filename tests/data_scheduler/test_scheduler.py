@@ -176,7 +176,9 @@ class Chaser:
 def test_feedback_shapes_later_steps_the_same_way_after_a_stop(
     data_config: Make, monkeypatch: pytest.MonkeyPatch, prefetch: int
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names)))
+    monkeypatch.setattr(
+        scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names))
+    )
 
     def go(scheduler: Scheduler, first: int, last: int) -> list[str]:
         hashes = []
@@ -205,7 +207,9 @@ def test_feedback_shapes_later_steps_the_same_way_after_a_stop(
 
 
 def test_horizon_must_pass_prefetch(data_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names)))
+    monkeypatch.setattr(
+        scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names))
+    )
     with pytest.raises(ConfigError, match="horizon"):
         Scheduler(data_config(prefetch=8))
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import child_process
 import pytest
+from process_group import run_ranks
 from typer.testing import CliRunner
 
-from data_scheduler import DataConfig, Journal
+from data_scheduler import DataConfig, Journal, batch_sha256
+from data_scheduler.replay import replay
 from headrace.errors import ConfigError
 from pretrain import loop
 from pretrain.cli import app
@@ -152,3 +154,22 @@ def test_estimate_graph_says_what_to_give(tmp_path: Path) -> None:
     for arguments in ([], ["--config", "x.yaml"], ["run", "--config", "x.yaml", "--steps", "3"]):
         with pytest.raises(ConfigError, match="give finished runs, or --config with --steps"):
             CliRunner().invoke(app, ["mix", "estimate-graph", *arguments], catch_exceptions=False)
+
+
+def go(config: RunConfig) -> int:
+    return int(train(config))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_ranks_decide_alike_and_the_journal_replays_them(data_config: Make, tmp_path: Path) -> None:
+    """Two ranks plan for themselves from the same reports: what both drew is what rank 0's journal says."""
+    line = {"step": 0, "source_loss": dict.fromkeys("abc", 5.0), "source_tokens": dict.fromkeys("abc", 9)}
+    (tmp_path / "reference.jsonl").write_text(json.dumps(line) + "\n")
+    options = {"reference": str(tmp_path / "reference.jsonl"), "eta": 2.0}
+    policy = {"kind": "doremi", "options": options, "horizon": 2, "guard": {"min_share": 0.05}}
+    config = run_config(data_config, tmp_path / "run", policy, steps=8)
+    assert run_ranks(2, go, config) == [0, 0]
+    hashes, _, mixtures = told(config)
+    assert len(mixtures) > 3
+    assert [batch_sha256(batch.digests) for batch in replay(config.run.dir, 0, 7)] == hashes
