@@ -562,11 +562,11 @@ class Scheduler:
         return heard
 
     def _shares_drawn_with(self, step: int) -> dict[str, float]:
-        """The mixture a past step was drawn with, summing to 1; nothing for sources that were through."""
-        asked: Mapping[str, float] = self.plan.mixture.at(step) or {}
+        """The mixture a past step was drawn with, summing to 1; nothing for sources through or under quarantine."""
+        asked = self.plan.asked(step) or {}
         weights = {name: 0.0 if self.plan.is_capped(name, step) else weight for name, weight in asked.items()}
         total = sum(weights.values())
-        return {name: weight / total for name, weight in weights.items()}
+        return {name: weight / total for name, weight in weights.items()} if total else {}
 
     def _stopping(self) -> bool:
         return self._loader is not None and self._loader.stopping.is_set()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_scheduler import DataConfig, Journal, Scheduler, batch_sha256, merge_states
+from data_scheduler.control import Decision, decide_mixture, decide_quarantine
 from data_scheduler.replay import replay
 from data_scheduler.state import Snapshots, load_state, save_state
 from headrace.errors import ConfigError
@@ -226,3 +227,26 @@ def test_a_loss_that_is_no_number_freezes_and_the_journal_says_so(
     changed = [event.step for event in scheduler.journal.of("mixture")]
     assert not {*range(11, 17)} & {*changed}
     assert {10, 17} <= {*changed}
+
+
+def test_reports_say_what_people_made_of_the_mixture(policy_config: Callable[..., DataConfig], tmp_path: Path) -> None:
+    """A policy hears with what a step was drawn: a person's mixture, less what is under quarantine."""
+    scheduler = Scheduler(policy_config("odm", prefetch=0), run_dir=tmp_path)
+    told = []
+    for step in range(24):
+        if step == 10:
+            decision = decide_mixture(scheduler.names, {"a": 2.0, "c": 1.0, "d": 1.0}, 10, over=0)
+            scheduler.take(_by_hand(decision, "mix"), "user:ada")
+        if step == 20:
+            scheduler.take(_by_hand(decide_quarantine(scheduler.names, "a", scheduler.plan, 20), "out"), "user:ada")
+        drawn = np.bincount(next(scheduler).source_ids, minlength=4)
+        scheduler.feedback(step, {name: 2.0 + step % 3 for name, count in zip("abcd", drawn, strict=True) if count}, {})
+        told.append(scheduler.state_dict()["feedback"][-1][4])
+    assert told[9]["b"] > 0
+    assert told[10] == told[19] == {"a": 0.5, "b": 0.0, "c": 0.25, "d": 0.25}
+    assert told[20] == told[23] == {"b": 0.0, "c": 0.5, "d": 0.5}
+
+
+def _by_hand(decision: Decision, command: str) -> Decision:
+    decision.data["command"] = command
+    return decision
