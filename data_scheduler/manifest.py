@@ -4,14 +4,12 @@ The manifest is taken once, when the source enters the run, and journaled; a res
 that appear later cannot change the order of what was there before. What lanes are dealt is cut from it by `chunks`.
 """
 
-import contextlib
-import gc
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from data_scheduler.chunks import Chunks, cut_pieces
+from data_scheduler.collector import collector_waits
 from data_scheduler.config import SourceConfig
 from data_scheduler.layout_index import LayoutIndex, Layouts
 from data_scheduler.listing import File, looked_at
@@ -36,7 +34,7 @@ class Manifest:
 
         Raises ConfigError when there are none, or all are empty.
         """
-        with _no_collecting():
+        with collector_waits():
             return Manifest.of(config, list_files(config.paths, f"source {config.name!r}", config.format), index)
 
     @staticmethod
@@ -63,7 +61,7 @@ class Manifest:
         25 to 60 bytes a file: 0.4 MB for 10,000 files, 40 MB for a million.
         """
         folders: list[list[Any]] = []
-        with _no_collecting():
+        with collector_waits():
             for path, size in self.files:
                 head, slash, name = path.rpartition("/")
                 if not folders or folders[-1][0] != head + slash:
@@ -77,7 +75,7 @@ class Manifest:
         """The manifest of a journal event."""
         files: list[tuple[str, int]] = []
         row_groups: Layouts = {}
-        with _no_collecting():
+        with collector_waits():
             for folder, entries in data["folders"]:
                 for name, size, *layout in entries:
                     files.append((folder + name, size))
@@ -96,19 +94,6 @@ class Manifest:
     def pieces(self, config: SourceConfig) -> Pieces:
         """The units of every file that is not empty, with their text and how they can be cut."""
         return pieces_of(self.files, self.row_groups, config.format)
-
-
-@contextlib.contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Without Python's garbage collector. What a manifest is made of stays; that so many objects are new makes the
-    collector look through all there are, which took a third of the start with 10,000 files."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def check_unchanged(manifest: Manifest) -> None:
