@@ -51,6 +51,13 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = dict(_RESOLVERS)  # noqa: RUF012 (PyYAML declares it so)
 
 
+def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Unicode's own line breaks are escaped; PyYAML writes them bare and would read them back as spaces."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _string)
 for _way in (_Loader, _Dumper):
     _way.add_implicit_resolver(_INT, _INT_RULE, list("-+0123456789"))
     _way.add_implicit_resolver(_FLOAT, _FLOAT_RULE, list("-+0123456789."))
