@@ -102,7 +102,7 @@ def check_something_left(journal: Journal, decision: Decision, by: str) -> None:
     for event in journal.events:
         trial.apply(event)
     trial.apply(Event(len(journal.events), 0.0, decision.step, decision.kind, decision.data, by))
-    for step in sorted({decision.step, *(change for change in trial.changes if change > decision.step)}):
+    for step in sorted({decision.step, *(turn for turn in trial.turns() if turn > decision.step)}):
         out, weights = trial.quarantined(step), trial.mixture.at(step) or {}
         # A policy that wants nothing else is helped by the configured weights; what a person wants is never bent.
         wanted = math.fsum(weight for name, weight in weights.items() if name not in out)

@@ -23,6 +23,8 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 
 
+MANY = 1024
+"""Numbers from which another look at them costs less than the time a faster sort saves."""
 GOLDEN = 11400714819323198485
 """2⁶⁴ over the golden ratio; its multiples spread evenly over 64 bits."""
 
@@ -56,7 +58,14 @@ def permutation(size: int, *key: int | str) -> Int64:
     """A permutation of range(size), int64[size], fixed by `key`."""
     if size < 2:
         return np.zeros(size, dtype=np.int64)
-    return draws(size, *key).argsort(kind="stable").astype(np.int64, copy=False)
+    numbers = draws(size, *key)
+    if size >= MANY:
+        # Twice as fast as a stable sort, and the same unless two draws are equal, which 64 bits seldom are.
+        order = numbers.argsort().astype(np.int64, copy=False)
+        drawn = numbers[order]
+        if (drawn[1:] != drawn[:-1]).all():
+            return order
+    return numbers.argsort(kind="stable").astype(np.int64, copy=False)
 
 
 def lanes_of(first: int, batch: int, lanes: int) -> Int64:

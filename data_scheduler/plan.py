@@ -167,11 +167,12 @@ class Plan:
             left = {name: weight for name, weight in self.chosen(step).initial.items() if name not in out}
         return left if any(left.values()) else dict.fromkeys(left, 1.0)
 
-    @property
-    def changes(self) -> list[int]:
-        """Every step at which what is asked of the sources, or the batch shape, may change."""
+    def turns(self, stop: int | None = None) -> list[int]:
+        """Steps at which what is asked of the sources, or the batch shape, may begin to change another way; with `stop`
+        every step below it at which it may change."""
         quarantines = [first for all_of in self._quarantines.values() for first, _ in all_of]
-        return sorted({*self.mixture.steps, *self.shape.steps, *quarantines, *self._undone.values()})
+        turns = {*self.mixture.turns(stop), *self.shape.turns(stop), *quarantines, *self._undone.values()}
+        return sorted(turn for turn in turns if stop is None or turn < stop)
 
     def generations(self, source: str, step: int) -> int:
         """How often the source has got files by `step`: 1 and its growths so far."""

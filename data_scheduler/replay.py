@@ -199,8 +199,7 @@ def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -
 def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
     """Mean share asked for over the run's sequences."""
     asked, sequences = dict.fromkeys(names, 0.0), 0
-    changes = [step for step in plan.changes if step < steps]
-    for begin, end in itertools.pairwise(sorted({0, steps, *changes})):
+    for begin, end in itertools.pairwise(sorted({0, steps, *plan.turns(steps)})):
         count = (end - begin) * plan.shape.at(begin)["global_batch_size"]
         sequences += count
         weights = plan.asked(begin) or {}

@@ -74,14 +74,17 @@ class Timeline:
         with self._lock:
             return list(self._entries)
 
-    @property
-    def steps(self) -> list[int]:
-        """Every step at which the value may change, ascending."""
+    def turns(self, stop: int | None = None) -> list[int]:
+        """Steps at which the value may begin to change another way, ascending: between two it is constant or a ramp.
+
+        With `stop`, every step of a ramp is one, up to there.
+        """
         with self._lock:
-            changes = set(self._undone.values()) | {begin for _, _, begin in self._voided}
+            turns = set(self._undone.values()) | {begin for _, _, begin in self._voided}
             for entry in self._entries:
-                changes.update(range(entry.step, entry.step + max(1, entry.over)))
-            return sorted(changes)
+                end = entry.step + max(1, entry.over)
+                turns.update((entry.step, end - 1) if stop is None else range(entry.step, min(end, stop)))
+            return sorted(turn for turn in turns if stop is None or turn < stop)
 
     def take_back(self, step: int) -> None:
         """Remove entries from `step` on that no person made."""

@@ -36,8 +36,8 @@ headrace config show recipes/quickstart.yaml train.steps=50   # the whole config
 headrace config schema                                        # JSON schema; editors complete and check YAML with it
 ```
 
-An unknown key, a wrong type or an impossible value is refused in one line that names the key, and the nearest valid key
-where there is one. Keys without a default must be given. `[n]` stands for an item of a list.
+An unknown key, one given twice, a wrong type or an impossible value is refused in one line that names the key, and the
+nearest valid key where there is one. Keys without a default must be given. `[n]` stands for an item of a list.
 """
 
 PREPARATION = f"""{NOTE}

@@ -9,6 +9,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from pretrain.control.server import read_token
 LOOK_S = 0.05
 """Between two looks for an answer."""
 MOST_ANSWER_BYTES = 1 << 20
+STATUSES = ("accepted", "ok", "refused", "waiting")
 Answer = dict[str, Any]
 
 
@@ -167,27 +169,27 @@ class ByHttp:
         url = f"{self._url}/commands?wait={wait_s}"
         sent = urllib.request.Request(url, orjson.dumps(request), headers, method="POST")
         try:
-            with self._opener.open(sent, timeout=wait_s + 15) as reply:
-                return self._read(reply)
-        except urllib.error.HTTPError as error:
-            with error:
-                answer = self._read(error)
-            if error.code == 409:
-                return answer
-            raise ConfigError(f"{self._url}: {answer.get('reason', error.code)}") from None
-        except (OSError, urllib.error.URLError, ValueError) as error:
-            reason = getattr(error, "reason", error)
+            try:
+                with self._opener.open(sent, timeout=wait_s + 15) as reply:
+                    return self._read(reply)
+            except urllib.error.HTTPError as error:
+                with error:
+                    answer = self._read(error)
+                if error.code == 409:
+                    return answer
+                raise ConfigError(f"{self._url}: {answer.get('reason', error.code)}") from None
+        except (OSError, HTTPException, ValueError) as error:  # also an answer that was cut short
             raise UnreachableError(
-                f"{self._url}: {reason}; if the run ended before it answered, `status` or its journal says whether "
-                "the command was taken"
+                f"{self._url}: {getattr(error, 'reason', error)}; if the run ended before it answered, `status` or its "
+                "journal says whether the command was taken"
             ) from None
 
     def _read(self, reply: Any) -> Answer:
-        try:
-            answer: Answer = orjson.loads(reply.read(MOST_ANSWER_BYTES))
-            return answer if isinstance(answer, dict) else {}
-        except orjson.JSONDecodeError:
-            return {}
+        """The answer; raises ValueError when it is none."""
+        answer = orjson.loads(reply.read(MOST_ANSWER_BYTES))
+        if not isinstance(answer, dict) or answer.get("status") not in STATUSES:
+            raise ValueError("not an answer of a run")
+        return answer
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

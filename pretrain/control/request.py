@@ -28,7 +28,7 @@ class SetMix(StrictModel):
     command: Literal["set-mix"]
     weights: Annotated[dict[Name, Annotated[Finite, Field(ge=0.0)]], Field(min_length=1)]
     at: At | None = None
-    over: Annotated[int, Field(ge=2, le=MAX_STEP)] | None = None
+    over: Annotated[int, Field(ge=2, le=10**9)] | None = None
     """Steps over which it is approached in equal parts."""
 
 

@@ -1,10 +1,12 @@
 import hashlib
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_scheduler.order import deal, draws, permutation
+from data_scheduler import order as order_module
+from data_scheduler.order import MANY, deal, draws, permutation
 
 
 @given(st.integers(0, 500), st.integers(0, 2**63), st.text(max_size=10))
@@ -16,6 +18,14 @@ def test_permutation_is_fixed_for_all_time() -> None:
     # Written down, not computed: a run of last year must replay on next year's numpy.
     assert permutation(8, 0, "chunks", "web", 0).tolist() == [2, 4, 7, 6, 5, 3, 0, 1]
     assert permutation(8, 1, "chunks", "web", 0).tolist() == [2, 7, 3, 6, 5, 4, 1, 0]
+
+
+@pytest.mark.parametrize("size", [MANY - 1, MANY, 5000])
+@pytest.mark.parametrize("different", [3, 1 << 60])
+def test_equal_draws_stay_in_their_order(monkeypatch: pytest.MonkeyPatch, size: int, different: int) -> None:
+    numbers = draws(size, "some") % np.uint64(different)
+    monkeypatch.setattr(order_module, "draws", lambda size, *key: numbers)
+    assert permutation(size).tolist() == sorted(range(size), key=numbers.tolist().__getitem__)
 
 
 def test_different_keys_give_different_orders() -> None:

@@ -41,7 +41,10 @@ def test_a_ramp_takes_equal_steps_and_begins_where_the_mixture_stood() -> None:
     found = [(mixture.at(step) or {}) for step in range(9, 15)]
     assert [weights.get("a", 0.0) for weights in found] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert [weights["b"] for weights in found] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-    assert mixture.steps == [0, 10, 11, 12, 13]
+    assert mixture.turns() == [0, 10, 13]
+    assert mixture.turns(12) == [0, 10, 11]
+    mixture.put(ramp(20, 2, {"a": 1.0}, over=10**9))
+    assert mixture.turns() == [0, 10, 13, 20, 20 + 10**9 - 1]
 
 
 def test_a_ramp_inside_a_ramp_begins_at_what_held_and_undoing_goes_back_to_the_first() -> None:

@@ -133,7 +133,8 @@ def test_a_run_under_fire_equals_one_that_knew_its_journal_from_the_start(
 ) -> None:
     new = tmp_path / "new.jsonl"
     new.write_bytes(jsonl(make_documents("new", 300, 0)))
-    changes = {"train__steps": STEPS, "checkpoint__every": 7, "control__http": True}
+    # At a learning rate of 1e-2 the rounding of another world size grows to 2e-3 of the loss in 48 steps.
+    changes = {"train__steps": STEPS, "checkpoint__every": 7, "control__http": True, "optimizer__lr": 1e-3}
     config = maker(data_config, tmp_path)("live", **changes)
     rng = random.Random(os.environ.get("HEADRACE_SEED", "1"))
     answers = []
