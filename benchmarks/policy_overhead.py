@@ -14,19 +14,17 @@ costs in the journal, and after how many steps a report shapes a batch.
 """
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import orjson
-from loading.machine import command, machine, versions
+from loading.result import circumstances, result_options, versions, write_result
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data_scheduler import DataConfig, Feedback, Journal, Scheduler
@@ -208,7 +206,7 @@ def measure(kinds: list[str], steps: int, progress: Callable[[str], None]) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000, help="steps decided by each policy")
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"JSON file to write (default: {RESULT.name})")
+    result_options(parser, RESULT)
     given = parser.parse_args()
     kinds = [
         "static", "proportional", "temperature", "unimax", "schedule", "odm", "ado", "skill_it", "doremi", "aioli",
@@ -218,17 +216,14 @@ def main() -> None:
     waits = {kind: latency(kind) for kind in ("odm",)}
     print(f"a report shapes the batch of {waits['odm']} steps later (data.policy.horizon: {HORIZON})")
     result = {
-        "command": command("policy_overhead.py"),
-        "date": str(date.today()),
-        "machine": machine(),
+        **circumstances("policy_overhead.py"),
         "versions": versions(["numpy", "tokenizers", "gigatoken"]),
         "tokens_per_step": TOKENS,
         "horizon": HORIZON,
         "latency_steps": waits,
         "sources": results,
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(given.out, result)
 
 
 if __name__ == "__main__":

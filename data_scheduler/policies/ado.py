@@ -122,7 +122,7 @@ class Ado:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Curves, laws, and the recursions' last values; under 300 numbers a source."""
+        """Curves, laws, and the recursions' last values; under 150 numbers a source."""
         return {
             "heard": self._heard,
             "now": self._now,

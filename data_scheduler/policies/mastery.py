@@ -1,4 +1,4 @@
-"""Spend less on what the model has learned: the share of a source goes down once its loss lies at its own floor."""
+"""Spend less on what the model has learned: a source's share goes down once its loss has flattened."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -14,8 +14,8 @@ from headrace.errors import ConfigError
 
 LEAST_POINTS = 8
 """Means a law is fitted to at least; it has three parameters."""
-MOST_EXPONENT = 3.0
-"""Of a fitted law: what is mastered falls faster than the laws of whole corpora, whose exponents stay below 0.8."""
+MOST_EXPONENT = 1.0
+"""Of a fitted law; larger ones take the noise of a few points for a floor."""
 SMOOTHING = 0.05
 """Weight of a report in the smoothed loss: a mean over some twenty."""
 
@@ -26,13 +26,17 @@ class Mastery:
 
         L̂_k(n) = ε_k + β_k·n^(−α_k)      fitted to the source's loss over its own tokens, every `refit_every` reports
         s_k ← 0.95·s_k + 0.05·L_k         smoothed loss, per report
-        mastered when s_k ≤ (1 + at)·ε_k, until s_k > (1 + until)·ε_k
+        mastered when s_k ≤ (1 + at)·L̂_k(ahead·n_k), until s_k > (1 + until)·L̂_k(ahead·n_k)
         share ∝ w_k, times `keep` while mastered, at least `least_share`
+
+    The floor that counts is the forecast for `ahead` times the source's tokens, not ε: a flat curve can be fitted with
+    a low ε and a small α as well as with a high ε, but what either forecasts for twice the tokens is the same.
 
     w are the configured weights; a source of weight 0 takes no part. The gap between `at` and `until` keeps a source
     from flickering between the two.
 
-    at, until: relative distance to the floor at which a source becomes mastered, and ceases to be.
+    at, until: relative distance to that forecast at which a source becomes mastered, and ceases to be.
+    ahead: how far ahead the forecast is, as a multiple of the tokens so far.
     keep: what a mastered source keeps of its weight.
     refit_every, ignore_steps: reports between fits, and reports at the beginning whose losses are left out of them; 500
     each, or a tenth of a shorter run.
@@ -51,8 +55,9 @@ class Mastery:
     def __init__(
         self,
         initial: Mapping[str, float],
-        at: Annotated[float, Field(ge=0.0)] = 0.02,
-        until: Annotated[float, Field(gt=0.0)] = 0.05,
+        at: Annotated[float, Field(ge=0.0)] = 0.01,
+        until: Annotated[float, Field(gt=0.0)] = 0.03,
+        ahead: Annotated[float, Field(gt=1.0)] = 2.0,
         keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25,
         least_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01,
         refit_every: Annotated[int, Field(ge=1)] | None = None,
@@ -66,7 +71,7 @@ class Mastery:
         self._names = switched_on(initial)
         self._prior = normalized({name: initial[name] for name in self._names})
         self._off = {name: 0.0 for name in initial if name not in self._prior}
-        self._at, self._until, self._keep = at, until, keep
+        self._at, self._until, self._ahead, self._keep = at, until, ahead, keep
         self._least = min(least_share, 1 / len(self._names))
         usual = part_of_run(context.run_steps, 500)
         self._refit_every = usual if refit_every is None else refit_every
@@ -106,7 +111,8 @@ class Mastery:
         law, loss = self._laws.get(name), self._smoothed.get(name)
         if law is None or loss is None:
             return False
-        return loss <= law.floor * (1 + (self._until if name in self._mastered else self._at))
+        floor = law.at(self._ahead * self._seen[name])
+        return loss <= floor * (1 + (self._until if name in self._mastered else self._at))
 
     def state_dict(self) -> dict[str, Any]:
         """Curves, laws, smoothed losses, and who is mastered."""

@@ -35,8 +35,8 @@ class PowerLaw(NamedTuple):
         return self.floor + self.scale * math.exp(-self.exponent * math.log(tokens))
 
     def slope(self, tokens: float) -> float:
-        """dL/dn = −α·(L(n) − ε)/n, equation 2 of ADO (arXiv 2410.11820)."""
-        return -self.exponent * (self.at(tokens) - self.floor) / tokens
+        """dL/dn = −α·(L(n) − ε)/n = −α·β·n^(−α−1), equation 2 of ADO (arXiv 2410.11820)."""
+        return -self.exponent * self.scale * math.exp(-(self.exponent + 1) * math.log(tokens))
 
 
 def fit(tokens: Sequence[float], losses: Sequence[float], most_exponent: float = 0.8) -> PowerLaw:

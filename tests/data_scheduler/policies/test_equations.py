@@ -284,7 +284,7 @@ def test_aioli_learns_nothing_from_turns_that_were_drawn_otherwise() -> None:
 @pytest.mark.parametrize(("kind", "run_steps", "moves_by"), [("ado", 400, 120), ("mastery", 400, 120), ("ado", 60, 60)])
 def test_short_runs_are_fitted_too(kind: str, run_steps: int, moves_by: int) -> None:
     """A tenth of the run is left out, and a fit made every tenth of it, once there are eight points to fit."""
-    options = {"mean_of": 5} | ({"at": 0.5, "until": 0.6} if kind == "mastery" else {})
+    options = {"mean_of": 5} | ({"at": 0.05, "until": 0.06} if kind == "mastery" else {})
     made = make_policy(kind, options, {"a": 1.0, "b": 1.0}, context(names=("a", "b"), run_steps=run_steps))
     told = [trained(step, {"a": 2 + 5 / (step + 1), "b": 1 + 4 * (step + 1) ** -0.2}) for step in range(moves_by)]
     assert shares(made, 1, *told[: run_steps // 10])["a"] == 0.5

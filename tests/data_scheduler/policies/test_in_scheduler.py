@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ado": {"refit_every": 6, "ignore_steps": 0, "mean_of": 1},
     "aioli": {"round_steps": 14, "turn_steps": 1, "sweeps": 2, "own_share": 0.6},
     "doremi": {},
-    "mastery": {"refit_every": 6, "ignore_steps": 0, "mean_of": 1, "at": 1.0, "until": 1.2},
+    "mastery": {"refit_every": 6, "ignore_steps": 0, "mean_of": 1, "at": 0.4, "until": 0.6},
     "odm": {"warmup_steps": 4},
     "skill_it": {"round_steps": 5, "graph": {"a": {"b": 0.5}}},
 }
