@@ -54,7 +54,7 @@ def test_it_is_the_same_on_every_machine() -> None:
 @pytest.mark.parametrize(
     ("lanes", "batch", "weights"),
     [
-        (240, 4, [0.45, 0.33, 0.10, 0.06, 0.06]),  # recipes/quickstart.yaml
+        (240, 4, [0.45, 0.33, 0.10, 0.06, 0.06]),  # four sequences a step over many lanes
         (240, 24, [0.5, 0.25, 0.25]),
         (240, 8, [0.975, 0.025]),
         (60, 7, [0.9, 0.1]),
