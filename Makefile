@@ -17,7 +17,7 @@ develop: $(VENV)/.developing  ## The same with trackers, data preparation, test 
 
 # Bytecode is made when a module is first used: compiling all of it doubles the installation (2:00 for 1:02).
 # Without build isolation, so that the C++ ops are built against the torch that will load them.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --no-compile -c constraints.txt '$(TORCH)' setuptools wheel
 	$(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[train]'

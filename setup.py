@@ -1,6 +1,9 @@
-"""Builds the kernels of `csrc/` into one library, `parallel/kernels/_C.abi3.so`. Other metadata is in pyproject.toml.
+"""Builds what is compiled: `csrc/` to the kernels in `parallel/kernels/_C.abi3.so`, and `csrc/loader/` to the inner
+loops of the data scheduler in `data_scheduler/_sequences.abi3.so`. Other metadata is in pyproject.toml.
 
-The library uses torch's stable ABI only: one file serves torch 2.11 and newer, with and without CUDA, and every Python.
+The loops need a C compiler and Python's headers, nothing else; without them the data scheduler uses numpy.
+
+The kernels use torch's stable ABI only: one file serves torch 2.11 and newer, with and without CUDA, and every Python.
 
 * CPU operators: whenever the Python that builds can import torch, and a C++ compiler is there; 5 s of compiling.
   `pip install .` builds in an empty environment, where there is no torch: use `pip install --no-build-isolation .`
@@ -23,6 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+LOOPS = "data_scheduler._sequences"
 CSRC = Path("csrc")  # setuptools wants paths relative to this file
 HEADERS = sorted(map(str, CSRC.glob("*.h")))
 OLDEST_TORCH = (2, 11)
@@ -32,10 +36,17 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno
 DEFAULT_ARCHS = "8.0;9.0;10.0"
 
 
-class BuildKernels(build_ext):
-    """Compiles the .cu files with nvcc first; a failure costs the kernels, not the installation."""
+class BuildExtensions(build_ext):
+    """Compiles the .cu files with nvcc first; a failure costs what is compiled, not the installation."""
 
     def build_extension(self, extension):
+        if extension.name == LOOPS:
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                say(f"the loops of csrc/loader/ could not be built, so the data scheduler uses numpy: {error}")
+                raise CompileError(str(error)) from error
+            return
         if nvcc is not None:
             try:
                 self._add_cuda(extension)
@@ -148,16 +159,25 @@ def kernels(torch):
     )
 
 
+def loops():
+    return Extension(
+        LOOPS,
+        sources=[str(CSRC / "loader" / "sequences.c")],
+        depends=["setup.py"],
+        define_macros=[("Py_LIMITED_API", "0x030b0000")],
+        py_limited_api=True,
+        optional=True,
+        extra_compile_args=["-std=c11", "-O3", "-g0", "-fvisibility=hidden"] if sys.platform != "win32" else [],
+    )
+
+
 forced = os.environ.get("HEADRACE_CUDA") == "1"
 torch = find_torch()
 if torch is None and forced:
     raise SystemExit("HEADRACE_CUDA=1, but the kernels cannot be built; see the line above")
 nvcc = find_nvcc(torch) if torch else None
-if torch:
-    setup(
-        ext_modules=[kernels(torch)],
-        cmdclass={"build_ext": BuildKernels},
-        options={"bdist_wheel": {"py_limited_api": "cp311"}},
-    )
-else:
-    setup()
+setup(
+    ext_modules=[loops(), *([kernels(torch)] if torch else [])],
+    cmdclass={"build_ext": BuildExtensions},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
-from kernels import machine
+from loading.result import circumstances, result_options, write_result
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data_scheduler import DataConfig, Scheduler
@@ -198,7 +197,7 @@ def copying(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"JSON file to write (default: {RESULT.name})")
+    result_options(parser, RESULT)
     options = parser.parse_args()
     results: dict[str, Any] = {"files": FILES, "kinds": {}}
     folder = Path(tempfile.mkdtemp(prefix="headrace-index-"))
@@ -226,14 +225,7 @@ def main() -> None:
         print("large file", json.dumps(large), flush=True)
     finally:
         shutil.rmtree(folder)
-    result = {
-        "command": "python benchmarks/data_index.py",
-        "date": str(date.today()),
-        "machine": machine(),
-        "results": results,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, {**circumstances("data_index.py"), "results": results})
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
-from loading.machine import command, machine, versions
+from loading.result import circumstances, result_options, versions, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -83,7 +82,7 @@ def measure_index(files: int, sources: int, lanes: int) -> tuple[dict[str, Any],
         used, chunks = cpu(lambda manifest=manifest, config=config: manifest.chunks(config, CHUNK_BYTES, lanes))
         chunk_mb += max(0.0, rss_mb() - before)
         seconds += used
-        sizes.append(np.array([chunk.size for chunk in chunks], np.int64))
+        sizes.append(chunks.sizes())
         del chunks
     chunks_total = sum(map(len, sizes))
     return {
@@ -218,9 +217,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     states = [measure_state(sources, lanes) for lanes, sources in ((240, 50), (options.lanes, options.sources))]
     return {
-        "command": command("data_scale.py"),
-        "date": str(date.today()),
-        "machine": machine(),
+        **circumstances("data_scale.py"),
         "versions": versions(["numpy", "orjson"]),
         "settings": {key: getattr(options, key) for key in ("ranks", "sources", "lanes", "files")},
         "index": index,
@@ -308,11 +305,7 @@ def main() -> None:
         "--batches", type=int, nargs="+", default=[4096, 16384], help="global batch sizes, in sequences"
     )
     parser.add_argument("--steps", type=int, default=200, help="steps planned for each batch size")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument(
-        "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
-    )
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot writes")
+    result_options(parser, RESULT, PICTURE)
     options = parser.parse_args()
     if options.plot:
         plot(json.loads(options.plot.read_text()), options.picture)
@@ -320,8 +313,7 @@ def main() -> None:
     if options.lanes % options.ranks or any(batch % options.ranks for batch in options.batches):
         parser.error("lanes and batch sizes must be multiples of the ranks")
     result = measure(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     table = Table(show_header=False)
     for row in rows(result):
         table.add_row(*row)

@@ -19,13 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import psutil
 from loading import corpus
-from loading.machine import command, machine, versions
+from loading.result import circumstances, result_options, versions, write_result
 from rich.console import Console
 
 from data_scheduler import DataConfig, Scheduler
@@ -181,9 +180,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return {
-        "command": command("data_soak.py"),
-        "date": str(date.today()),
-        "machine": machine(),
+        **circumstances("data_soak.py"),
         "versions": versions(["numpy", "pyarrow", "orjson", "gigatoken"]),
         "corpus": {key: facts[key] for key in ("megabytes", "bytes", "documents", "tokens", "sha256")},
         "settings": {"sources": SOURCES, "lanes": LANES, "batch": BATCH, "seq_len": options.seq_len},
@@ -285,11 +282,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=200)
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"))
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument(
-        "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
-    )
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot writes")
+    result_options(parser, RESULT, PICTURE)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -301,8 +294,7 @@ def main() -> None:
         plot(json.loads(options.plot.read_text()), options.picture)
         return
     result = measure(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     from rich.table import Table
 
     table = Table(show_header=False)

@@ -19,12 +19,11 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from loading import corpus, report
-from loading.machine import command, machine, versions
+from loading.result import circumstances, result_options, versions, write_result
 from rich.console import Console
 
 HERE = Path(__file__).parent
@@ -102,7 +101,7 @@ ARMS = [
     Arm("mosaic", "mosaicml-streaming MDS", "tokens", "peers:mosaic", "mosaic"),
     _ours("ours_best_fit", "best-fit packing", "variant", "jsonl.zst", packing="best_fit"),
     _ours("ours_no_thread", "without the loader thread", "variant", "jsonl.zst", prefetch=0),
-    _ours("ours_lanes_24", "24 lanes", "variant", "jsonl.zst", lanes=24),
+    _ours("ours_lanes_240", "240 lanes", "variant", "jsonl.zst", lanes=240),
     _ours("ours_batch_256", "256 sequences a step", "variant", "jsonl.zst", batch=256),
     _ours("ours_seq_4096", "64 sequences of 4,096 a step", "variant", "jsonl.zst", seq_len=4096, batch=64),
     Arm("floor_decompress", "decompress .zst", "floor", "floors:decompress", once=True),
@@ -143,16 +142,13 @@ def main() -> None:
             known.append(_run(arm, sources, folder, facts, options, python))
             _say(repeat, key, known[-1])
         result = {
-            "command": command("data_throughput.py"),
-            "date": str(date.today()),
-            "machine": machine(),
+            **circumstances("data_throughput.py"),
             "versions": {"ours": versions(OUR_PACKAGES), "peers": versions(PEER_PACKAGES, python) if python else {}},
             "corpus": facts,
             "settings": {"seq_len": 2048, "batch": 8, "lanes": options.lanes, "repeats": repeat + 1},
             "arms": summary(runs),
         }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out, result)
     report.show(result, console)
     wrong = [arm["key"] for arm in result["arms"] if arm.get("same_tokens") is False]
     if wrong:
@@ -178,7 +174,7 @@ def _run(
         **arm.options,
     }  # fmt: skip
     if arm.run.startswith("ours:"):
-        config = {"lanes": options.lanes, **arm.options.get("config", {})}
+        config = {**({"lanes": options.lanes} if options.lanes else {}), **arm.options.get("config", {})}
         if "token_cache" in config:
             cache = folder / f"token-cache-{sources}"
             if not cache.exists():  # an epoch that writes it, not counted
@@ -309,18 +305,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sources", nargs="+", type=int, choices=(2, 8), default=[2, 8], help="the corpus as so many")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mb", type=int, default=200, help="megabytes of text to measure on")
-    parser.add_argument("--lanes", type=int, default=240, help="data.lanes of our arms")
+    parser.add_argument("--lanes", type=int, help="data.lanes of our arms (default: the scheduler's)")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="the core to pin to")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="corpus, conversions, environment")
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install as the peers' torch")
-    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument(
         "--quick", action="store_true", help="2 MB, 24 lanes, two repeats, few arms: does it still run?"
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
-    )
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where --plot writes")
+    result_options(parser, RESULT, PICTURE)
     options = parser.parse_args()
     if options.quick:
         options.mb, options.lanes, options.sources = 2, 24, [8]

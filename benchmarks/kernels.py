@@ -8,17 +8,15 @@ follow each other, torch's time divided by ours. `gpu` in the result is null whe
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from loading.result import circumstances, result_options, write_result
 
 from headrace.errors import HeadraceError
 from parallel import accelerator
@@ -75,25 +73,12 @@ def measure_swiglu(tokens: int, width: int, dtype: torch.dtype) -> list[dict[str
     return records
 
 
-def machine() -> dict[str, str]:
-    """What it ran on."""
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": model[0].partition(":")[2].strip() if model else platform.machine(),
-        **accelerator.describe(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.platform(terse=True),
-        "load": f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores in the last minute",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's choice)"
     )
-    parser.add_argument("--out", type=Path, default=RESULT, help=f"JSON file to write (default: {RESULT.name})")
+    result_options(parser, RESULT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kind = "gpu" if accelerator.has_gpu() else "cpu"
@@ -109,14 +94,10 @@ def main() -> None:
                 records.append(record)
     # A GPU's result is added to a CPU's and the other way round.
     result = json.loads(options.out.read_text()) if options.out.exists() else {"cpu": None, "gpu": None}
-    result[kind] = {
-        "command": f"python benchmarks/kernels.py --threads {options.threads}",
-        "date": str(date.today()),
-        "machine": machine(),
-        "results": records,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    facts = circumstances("kernels.py")
+    facts["machine"] |= accelerator.describe() | {"torch": torch.__version__}
+    result[kind] = {**facts, "results": records}
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

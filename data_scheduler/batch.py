@@ -1,6 +1,7 @@
 """What the scheduler hands to the trainer: packed sequences, and the batch they form on one data-parallel rank."""
 
 import hashlib
+import struct
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -9,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_scheduler.order import Int64
+from data_scheduler.sequences import BoolArray, Int32, layout
 
-Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
 
 ORDINAL_BITS = 24
 """A document id is chunk number << 24 | place in its unit: unique in a source, resolved by `headrace data trace`."""
@@ -31,15 +31,17 @@ class Segments(NamedTuple):
     """float32[seq_len + 1]: weight of each token in the loss; None: all 1."""
 
 
-def sequence_digest(source_id: int, starts: Int32, tokens: Int64, weights: Float32 | None = None) -> bytes:
-    """SHA-256 of a sequence, 32 bytes: source id, document boundaries and token ids as little-endian 32-bit integers,
-    then, where tokens have loss weights, these as 32-bit floats."""
-    head = np.array([source_id, len(starts)], dtype="<u4").tobytes()
-    digest = hashlib.sha256(head + starts.astype("<i4").tobytes())
-    digest.update(tokens.astype("<u4").tobytes())
+def sequence_digest(source_id: int, starts: Int32, tokens: bytes | memoryview, weights: Float32 | None = None) -> bytes:
+    """SHA-256 of a sequence, 32 bytes: source id, number of documents, their boundaries and token ids as little-endian
+    32-bit integers, then, where tokens have loss weights, these as 32-bit floats. `tokens` are such integers."""
+    digest = hashlib.sha256(_TWO_NUMBERS.pack(source_id, len(starts)) + starts.astype("<i4", copy=False).tobytes())
+    digest.update(tokens)
     if weights is not None:
-        digest.update(weights.astype("<f4").tobytes())
+        digest.update(np.ascontiguousarray(weights, "<f4").data)
     return digest.digest()
+
+
+_TWO_NUMBERS = struct.Struct("<II")
 
 
 def batch_sha256(digests: list[bytes]) -> str:
@@ -86,50 +88,41 @@ class Batch:
     @cached_property
     def digests(self) -> list[bytes]:
         """Per sequence, its SHA-256."""
-        rows = zip(self.source_ids.tolist(), self.starts, self.tokens, self.weights, strict=True)
-        return [sequence_digest(source, starts, tokens, weights) for source, starts, tokens, weights in rows]
+        words = self.tokens.astype("<u4").data.cast("B")
+        size = 4 * self.tokens.shape[1]
+        rows = zip(self.source_ids.tolist(), self.starts, self.weights, strict=True)
+        return [
+            sequence_digest(source, starts, words[row * size : (row + 1) * size], weights)
+            for row, (source, starts, weights) in enumerate(rows)
+        ]
 
     @cached_property
-    def _edges(self) -> tuple[Int64, BoolArray]:
-        """(where segments begin, int64[segments], counted over the flattened [b · (seq_len + 1)]; which of them begin
-        among their sequence's inputs, not at its very last token, which is only ever predicted)."""
-        width = self.tokens.shape[1]
-        starts = np.concatenate(self.starts).astype(np.int64)
-        rows = np.repeat(np.arange(len(self.starts)), [len(row) for row in self.starts])
-        return starts + rows * width, starts < width - 1
+    def _layout(self) -> tuple[Int32, Int64, Int64, BoolArray]:
+        return layout(self.starts, self.segment_ids, self.tokens.shape[1])
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> Int32:
         """int32[documents + 1]: cumulative document lengths over the flattened inputs [b · seq_len]."""
-        begins, seen = self._edges
-        b, width = self.tokens.shape
-        inputs = begins[seen]
-        return np.append(inputs - inputs // width, b * (width - 1)).astype(np.int32)
+        return self._layout[0]
 
-    @cached_property
+    @property
     def document_ids(self) -> Int64:
         """int64[documents]: the document of each `cu_seqlens` segment."""
-        ids: Int64 = np.concatenate(self.segment_ids)[self._edges[1]]
-        return ids
+        return self._layout[1]
 
-    @cached_property
+    @property
     def position_ids(self) -> Int64:
         """int64[b, seq_len]: positions, from 0 at each document's first token in the sequence."""
-        b, width = self.tokens.shape
-        edges = self.cu_seqlens.astype(np.int64)
-        flat = np.arange(b * (width - 1)) - np.repeat(edges[:-1], np.diff(edges))
-        return flat.reshape(b, width - 1)
+        return self._layout[2]
 
     @cached_property
     def loss_mask(self) -> BoolArray:
         """bool[b, seq_len]: False where the next token belongs to another document or has no weight."""
-        b, width = self.tokens.shape
-        mask = np.ones((b, width), dtype=np.bool_)  # of each token as a prediction; a sequence's first is none
-        mask.reshape(-1)[self._edges[0]] = False
+        mask = self._layout[3]
         for row, weights in enumerate(self.weights):
             if weights is not None:
-                mask[row] &= weights > 0
-        return mask[:, 1:]
+                mask[row] &= weights[1:] > 0
+        return mask
 
     @cached_property
     def loss_weights(self) -> Float32:

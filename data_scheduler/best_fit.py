@@ -17,16 +17,16 @@ their idea in bounded memory and with exact resume.
 """
 
 from bisect import bisect_left, insort
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
-from data_scheduler.batch import BoolArray, Segments
+from data_scheduler.batch import Segments
 from data_scheduler.lane import ExhaustedError, LaneStream, Position
 from data_scheduler.order import Int64
 from data_scheduler.packing import Carry
-from data_scheduler.stretch import AnyTokens, Stretch, join
+from data_scheduler.sequences import AnyTokens, BoolArray
+from data_scheduler.stretch import Stretch, join
 
 WINDOW = 16
 """Sequences laid out together. On the sample corpus at 2,048 tokens 8 / 16 / 32 leave WINDOW_CUTS of the cuts of
@@ -51,7 +51,7 @@ class BestFitPacker:
         self._window: Stretch | None = None
         if carry.bins:
             stream.generations = carry.generations
-            self._open(carry.width, carry.bins, carry.head)
+            self._place = self._open(carry.width, carry.bins, carry.head).place(carry.taken)
             stream.generations = None
             self._carry = carry
 
@@ -78,7 +78,7 @@ class BestFitPacker:
             window = self._window if self._window is not None else self._open(width, WINDOW, filled)
             taken = self._carry.taken
             count = min(width - filled, len(window) - taken)
-            row[filled : filled + count], segments = window.cut(taken, count)
+            segments, self._place = window.cut(taken, self._place, row[filled : filled + count])
             parts.append((filled, segments))
             filled += count
             self._carry = self._carry._replace(taken=taken + count)
@@ -90,7 +90,7 @@ class BestFitPacker:
         """Documents of the open window of which some tokens were given, but for one that began before the window."""
         if self._window is None:
             return np.zeros(0, np.int64)
-        items = set(self._items[: bisect_left(self._window.begins, self._carry.taken)])
+        items = set(self._items[: int(self._window.begins.searchsorted(self._carry.taken))])
         if self._cut_at_start:
             items.discard(0)
         ids: Int64 = self._ids[sorted(items)]
@@ -115,7 +115,7 @@ class BestFitPacker:
         pieces = lay_out(np.diff(edges), whole, width, bins, head)
         self._items, self._ids = [piece.item for piece in pieces], segments.document_ids
         self._cut_at_start = not whole[0]
-        self._window = _rearrange(tokens, segments, pieces)
+        self._window, self._place = _rearrange(tokens, segments, pieces), 0
         self._carry = Carry(0, width, bins, head, self._stream.seen_generations)
         return self._window
 
@@ -179,8 +179,8 @@ def _rearrange(tokens: AnyTokens, segments: Segments, pieces: list[Piece]) -> St
         weights = np.concatenate([weights[begin:end] for begin, end in spans])
     return Stretch(
         np.concatenate([tokens[begin:end] for begin, end in spans]),
-        list(accumulate([piece.length for piece in pieces[:-1]], initial=0)),
+        np.cumsum([0, *(piece.length for piece in pieces[:-1])]),
         segments.document_ids[[piece.item for piece in pieces]],
-        [offsets[item] + begin for item, begin, _ in pieces],
+        np.array([offsets[item] + begin for item, begin, _ in pieces], np.int64),
         weights,
     )

@@ -1,7 +1,7 @@
 """From a chunk's documents to one run of tokens, in the epoch's order and with document boundaries."""
 
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
 
@@ -9,8 +9,9 @@ from data_scheduler.batch import ORDINAL_BITS, Float32
 from data_scheduler.encoder import Tokens
 from data_scheduler.formats.records import Document, MarkedText
 from data_scheduler.order import Int64
+from data_scheduler.sequences import AnyTokens
 from data_scheduler.source import SourceReader
-from data_scheduler.stretch import AnyTokens, Stretch
+from data_scheduler.stretch import Stretch
 
 GROUP_SIZE = 1 << 16
 """Characters (or tokens, of data tokenized before) encoded in one go. Together, because an encoder called between other
@@ -59,28 +60,25 @@ def encode(reader: SourceReader, documents: Sequence[Document | None], ids: Int6
         else:
             assert document is not None, "ordinals name good documents only"
             rows.append(document)
-    around = len(before) + len(after)
-    edges = list(accumulate((len(row) + around for row in rows), initial=0))
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + (len(before) + len(after))
+    begins = np.cumsum(lengths) - lengths
     parts = (
         chain.from_iterable((before, row, after) for row in rows)
         if len(before)
-        else (chain.from_iterable((row, after) for row in rows))
+        else chain.from_iterable((row, after) for row in rows)
     )
     tokens: AnyTokens = np.concatenate(list(parts), dtype=reader.token_dtype, casting="unsafe")
-    begins = edges[:-1]
-    weights = _weights(reader.config.loss_weight, marked, [begin + len(before) for begin in begins], len(tokens))
-    return Stretch(tokens, begins, ids, [0] * len(rows), weights)
+    weights = _weights(reader.config.loss_weight, marked, begins + len(before), len(tokens))
+    return Stretch(tokens, begins, ids, np.zeros(len(rows), np.int64), weights)
 
 
-def _weights(
-    base: float, marked: list[tuple[int, MarkedText, list[int]]], begins: list[int], total: int
-) -> Float32 | None:
+def _weights(base: float, marked: list[tuple[int, MarkedText, list[int]]], begins: Int64, total: int) -> Float32 | None:
     """float32[total], or None when every token weighs 1. The end-of-document token weighs what its document does."""
     if base == 1.0 and not marked:
         return None
     weights = np.full(total, base, np.float32)
     for number, document, lengths in marked:
-        at = begins[number]
+        at = int(begins[number])
         end = at + sum(lengths) + 1  # one past a document without an end token: its neighbour's first, never predicted
         weights[at:end] *= np.float32(document.weight)
         for (_, learned), length in zip(document.pieces, lengths, strict=True):

@@ -4,13 +4,16 @@ Everything that shapes the order of the data is here and nowhere else, so that t
 journal are enough to replay a run.
 """
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_scheduler import expression
+from data_scheduler.mixture import ONE
 from data_scheduler.template import template_parts
 
 
@@ -20,6 +23,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
 
 
+MOST_LANES = 240
+"""Lanes there are when nobody asks for more."""
 OPEN_BYTES = 1 << 30
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 << 10, 4 << 20
 Share = Annotated[float, Field(ge=0.0)]
@@ -59,6 +64,10 @@ class SourceConfig(StrictModel):
     """Share of tokens under the static policy; shares are normalised over the sources."""
     watch: bool = False
     """Look for new files behind `paths` while the run goes on; they join at a journaled step."""
+    min_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Least share of tokens, whatever the policy wants; `policy.guard.min_share` when not given."""
+    max_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Largest share of tokens, whatever the policy wants; `policy.guard.max_share` when not given."""
     max_epochs: Annotated[int, Field(ge=1)] | None = None
     """How often each document may be seen at most; once a lane is through, the other sources take over its share."""
     on_error: Literal["skip", "stop"] = "skip"
@@ -79,16 +88,49 @@ class SourceConfig(StrictModel):
         return self
 
 
+class GuardConfig(StrictModel):
+    """What holds whatever the policy wants; for all policies alike."""
+
+    min_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Least share of every source whose weight is above 0."""
+    max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Largest share of any source."""
+    max_change: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Largest change of any source's share in one update; a policy that wants more gets there in several."""
+    max_epochs: Annotated[int, Field(ge=1)] | None = None
+    """`max_epochs` of the sources that have none of their own. Once a source is through, its share goes to the others,
+    past `max_share` if need be."""
+    update_every: Annotated[int, Field(ge=1)] = 1
+    """Steps between two changes of the mixture; the policy hears every report in between."""
+    freeze_on_nan: bool = True
+    """Keep the mixture for `freeze_steps` when a reported loss is NaN or infinite."""
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Likewise when a step's loss is more than this many times its running mean (over some fifty steps)."""
+    freeze_steps: Annotated[int, Field(ge=1)] = 100
+    """Steps that a freeze lasts; losses reported in it are kept from the policy."""
+
+
 class PolicyConfig(StrictModel):
     """Which policy sets the mixture weights, and its own options."""
 
     kind: str = "static"
-    """Name of a policy in the entry-point group `headrace.policies`."""
+    """Name of a built-in policy, or of one in the entry-point group `headrace.policies`."""
     options: dict[str, Any] = {}
     """Handed to the policy as keyword arguments."""
     horizon: Annotated[int, Field(ge=1)] = 8
     """Steps between a measurement and the first batch it may shape; for policies that use feedback it must be larger
     than `prefetch`, so that batches prepared ahead never wait for a step that waits for them."""
+    guard: GuardConfig = GuardConfig()
+    """Bounds of the mixture, and when it stays as it is."""
+    dry_run: bool = False
+    """Draw by the configured weights, and only journal what the policy would do (`proposed`)."""
+
+
+def default_lanes(data: Mapping[str, Any]) -> int:
+    """Lanes for the `global_batch_size` in `data`: as few as allow every data-parallel size up to MOST_LANES that the
+    batch allows. More would cut small sources finer than they can be (docs/decisions/009)."""
+    batch = data.get("global_batch_size", MOST_LANES)  # not there when it was refused
+    return max(lanes for lanes in range(1, MOST_LANES + 1) if batch % lanes == 0)
 
 
 class DataConfig(StrictModel):
@@ -102,9 +144,10 @@ class DataConfig(StrictModel):
     """Tokens the model sees per sequence; a packed sequence holds `seq_len + 1`."""
     global_batch_size: Annotated[int, Field(ge=1)] = 240
     """Sequences per step, over all data-parallel ranks."""
-    lanes: Annotated[int, Field(ge=1, le=65536)] = 240
+    lanes: Annotated[int, Field(ge=1, le=65536, default_factory=lambda data: default_lanes(data))]
     """Independent streams the data is dealt to; every data-parallel size that divides both this and the global batch
-    size gives the same global batches."""
+    size gives the same global batches. Default: the largest divisor of the global batch size up to 240. A run keeps
+    what it began with."""
     seed: int = 0
     """Seed of every permutation of chunks, documents and slots."""
     packing: Literal["split", "best_fit"] = "split"
@@ -157,3 +200,34 @@ class DataConfig(StrictModel):
         if not any(source.weight > 0 for source in self.sources):
             raise ValueError("every source has weight 0; give at least one a positive weight")
         return self
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> "DataConfig":
+        for source, least, most in zip(self.sources, *share_bounds(self), strict=True):
+            if least > most:
+                raise ValueError(f"source {source.name}: min_share is above max_share")
+        low, high = share_bounds(self)
+        if sum(low) > ONE:
+            raise ValueError(f"the sources' least shares sum to {sum(low) / ONE:.6g}, more than 1; lower min_share")
+        if sum(high) < ONE:
+            raise ValueError(f"the sources' largest shares sum to {sum(high) / ONE:.6g}, less than 1; raise max_share")
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_have_a_default(self) -> "DataConfig":
+        if self.policy.guard.max_epochs is not None:
+            for source in self.sources:
+                if source.max_epochs is None:
+                    source.max_epochs = self.policy.guard.max_epochs
+        return self
+
+
+def share_bounds(config: DataConfig) -> tuple[list[int], list[int]]:
+    """Least and largest share of every source, in units of 1/ONE; rounded outwards, so that thirds leave room for 1."""
+    guard = config.policy.guard
+    low, high = [], []
+    for source in config.sources:
+        least = source.min_share if source.min_share is not None else guard.min_share if source.weight > 0 else 0.0
+        low.append(math.floor(least * ONE))
+        high.append(math.ceil((guard.max_share if source.max_share is None else source.max_share) * ONE))
+    return low, high

@@ -11,19 +11,18 @@ The state obeys the stateful protocol (`state_dict` / `load_state_dict`) of torc
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from pydantic import ValidationError
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_scheduler.batch import Batch
 from data_scheduler.config import DataConfig
 from data_scheduler.scheduler import Scheduler
 from headrace.errors import ConfigError
+from headrace.validation import validated
+from headrace.yaml_file import Location, read_yaml
 
 TorchBatch = dict[str, torch.Tensor]
 
@@ -56,14 +55,15 @@ class DataScheduler(IterableDataset[TorchBatch]):
         dp_rank: int = 0,
         dp_size: int = 1,
         run_dir: str | os.PathLike[str] | None = None,
+        run_steps: int | None = None,
     ) -> "DataScheduler":
         """Build from a `DataConfig`, a mapping, or a YAML file (a whole run's configuration, or its `data` section).
 
-        With `run_dir` the journal is kept there, and a journal found there is continued. Raises ConfigError,
-        LayoutError or DataError.
+        With `run_dir` the journal is kept there, and a journal found there is continued. `run_steps` is the length of
+        the whole run, for policies that plan for it. Raises ConfigError, LayoutError or DataError.
         """
         data = config if isinstance(config, DataConfig) else _data_config(config)
-        return cls(Scheduler(data, dp_rank=dp_rank, dp_size=dp_size, run_dir=run_dir))
+        return cls(Scheduler(data, dp_rank=dp_rank, dp_size=dp_size, run_dir=run_dir, run_steps=run_steps))
 
     def __iter__(self) -> Iterator[TorchBatch]:
         if get_worker_info() is not None:
@@ -95,19 +95,11 @@ def to_torch(batch: Batch) -> TorchBatch:
 
 
 def _data_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> DataConfig:
-    where = "data"
-    if isinstance(config, str | os.PathLike):
-        where = os.fspath(config)
-        try:
-            config = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{where}: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{where}: not valid YAML: {error}") from None
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"{where}: expected a mapping")
-    try:
-        return DataConfig.model_validate(config.get("data", config))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    if isinstance(config, Mapping):
+        raw: Mapping[str, Any] = config
+        where = "data"
+    else:
+        file = read_yaml(os.fspath(config))
+        raw, where = file.mapping(["data", *DataConfig.model_fields]), str(file.path)
+    section: Location = ("data",) if "data" in raw else ()
+    return validated(DataConfig, raw.get("data", raw), where, section)

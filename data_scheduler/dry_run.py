@@ -18,7 +18,11 @@ from data_scheduler.journal import Journal
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
 from data_scheduler.order import GOLDEN, Int64, lanes_of
 from data_scheduler.plan import Plan
-from data_scheduler.policies import Feedback, make_policy
+from data_scheduler.policies import Feedback
+from data_scheduler.policies.context import Context, SourceSize
+from data_scheduler.policies.guard import open_policy
+from data_scheduler.policy_context import tokens_before
+from data_scheduler.timeline import Entry, Timeline
 from headrace.errors import ConfigError
 
 UNLIMITED = 1 << 62
@@ -46,16 +50,30 @@ class DryRun:
         config: DataConfig,
         capacities: Mapping[str, Int64] | None = None,
         losses: AssumedLosses | None = None,
+        sizes: Mapping[str, SourceSize] | None = None,
+        run_steps: int | None = None,
     ) -> None:
         """capacities: of sources with `max_epochs`, the sequences that each lane can give, int64[lanes]; a source
-        without is never through. losses: what a policy that listens is told; flat when None.
+        without is never through. losses: what a policy that listens is told, as training and held-out losses alike;
+        flat when None. sizes: of the sources; all alike when None. run_steps: the length of the run.
 
         Raises ConfigError for a policy, options or weights that cannot be used.
         """
         self.config = config
         self.names = [source.name for source in config.sources]
-        initial = {source.name: source.weight for source in config.sources}
-        self._policy = make_policy(config.policy.kind, config.policy.options, initial)
+        shape = Timeline()
+        shape.put(Entry(0, 0, {"seq_len": config.seq_len, "global_batch_size": config.global_batch_size}, "config"))
+        alike = SourceSize(1, 1.0)
+        context = Context(
+            names=tuple(self.names),
+            run_steps=run_steps,
+            horizon=config.policy.horizon,
+            seed=config.seed,
+            held_out=frozenset(source.name for source in config.sources if source.val_paths),
+            size_of=lambda name: alike if sizes is None else sizes[name],
+            tokens_before=lambda step: tokens_before(shape, step),
+        )
+        self._policy = open_policy(config, context)
         self.listens = self._policy.uses_feedback
         """Whether the policy looks at losses."""
         if (self.listens or any(s.max_epochs for s in config.sources)) and config.policy.horizon <= config.prefetch:
@@ -101,16 +119,18 @@ class DryRun:
                 counts = given
             self._sequences += batch
             if self.listens:
-                self._report(step, counts)
+                self._report(step, counts, shares)
             yield Draw(step, asked, shares, counts, self._mixer.owed)
             step += 1
 
-    def _report(self, step: int, counts: Int64) -> None:
+    def _report(self, step: int, counts: Int64, shares: Int64) -> None:
         """What a model would report: losses of the sources that gave something."""
         losses = self._losses.at(step)
+        drawn_with = dict(zip(self.names, (shares / ONE).tolist(), strict=True))
         drawn = {name: count for name, count in zip(self.names, counts.tolist(), strict=True) if count}
         tokens = {name: count * self.config.seq_len for name, count in drawn.items()}
-        self._reports.append(Feedback(step, {name: losses[name] for name in drawn}, tokens))
+        told = {name: losses[name] for name in drawn}
+        self._reports.append(Feedback(step, told, tokens, {name: losses[name] for name in self.names}, drawn_with))
 
     def _shares(self, step: int, wanted: Mapping[str, float]) -> tuple[Int64, Int64] | None:
         """(asked, used) shares of a step; None when every source that is asked for is through."""

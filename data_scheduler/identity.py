@@ -5,7 +5,7 @@ from typing import Any
 
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.formats.records import Unit
-from data_scheduler.journal import Journal
+from data_scheduler.journal import Event, Journal
 from data_scheduler.manifest import Manifest
 from data_scheduler.reading import UnitReader, layout_units
 from headrace.errors import ConfigError
@@ -21,15 +21,30 @@ SAMPLE_BYTES = 4 << 20
 """Sources whose first file is at most this large have some of its documents encoded by both encoders at start."""
 
 
-def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> None:
-    """Raise ConfigError when the configuration contradicts what the journal's run has fixed."""
+def settled(config: DataConfig, begun: Mapping[str, Any] | None) -> DataConfig:
+    """The configuration with the numbers that follow from others filled in, or, where it leaves them open, those that
+    the run of `begun`, its journaled configuration, began with."""
+    left_open = {"lanes", "chunk_bytes"} - {key for key in config.model_fields_set if getattr(config, key) is not None}
+    if begun is not None:
+        return config.model_copy(update={key: begun[key] for key in sorted(left_open)})
+    return config.model_copy(update={"lanes": config.lanes, "chunk_bytes": config.settled_chunk_bytes})
+
+
+def beginning(journal: Journal) -> Event:
+    """The event that a run begins with. Raises ConfigError when the journal's first is another."""
     started = journal.events[0]
     if started.kind != "run_started":
         raise ConfigError(f"{journal.path}: the journal does not begin with run_started; it is not a run's journal")
+    return started
+
+
+def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> None:
+    """Raise ConfigError when the configuration contradicts what the journal's run has fixed."""
+    started = beginning(journal)
     old = started.data["data"]
     for key in FIXED_KEYS:
         asked = getattr(config, key)
-        if old[key] != asked and not (key == "chunk_bytes" and asked is None):
+        if old[key] != asked:
             raise ConfigError(
                 f"data.{key} is {asked!r} but the run in {journal.path} began with {old[key]!r}; "
                 "keep it, or start a new run folder"

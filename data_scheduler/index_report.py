@@ -62,13 +62,13 @@ def index_sources(config: DataConfig) -> Iterator[tuple[SourceReport, list[_Larg
         manifest = Manifest.take(source, index)
         pieces = manifest.pieces(source)
         chunks = manifest.chunks(source, config.settled_chunk_bytes, config.lanes)
-        large = [chunk for chunk in chunks if chunk.copied and chunk.part == 0]
+        large = [chunks[first] for first in chunks.firsts[:-1][chunks.copied].tolist()]
         known = len(manifest.row_groups) == len(manifest.files)
         report = SourceReport(
             source=source.name,
             files=len(manifest.files),
             bytes=sum(size for _, size in manifest.files),
-            text_bytes=sum(piece.size for piece in pieces),
+            text_bytes=int(pieces.sizes.sum()),
             documents=sum(rows for layout in manifest.row_groups.values() for rows, _ in layout) if known else None,
             chunks=len(chunks),
             chunk_bytes=chunk_target(pieces, config.settled_chunk_bytes, config.lanes),

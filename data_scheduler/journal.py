@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, get_args
 
 import orjson
 
+from data_scheduler.collector import collector_waits
 from headrace.errors import CheckpointError
 
 Kind = Literal[
@@ -28,6 +29,9 @@ Kind = Literal[
     "mixture",
     "stage",
     "policy",
+    "policy_input",
+    "proposed",
+    "frozen",
     "lr_scale",
     "eval_every",
     "stop_at",
@@ -116,7 +120,8 @@ class Journal:
     def append(self, kind: Kind, step: int, data: dict[str, Any], by: str) -> Event:
         """Record an event; returns once it is on disk. Raises OSError when it cannot be written."""
         # orjson's own view of the data, so that the event in memory equals the one a later reader sees.
-        data = orjson.loads(orjson.dumps(data))
+        with collector_waits():
+            data = orjson.loads(orjson.dumps(data))
         with self._lock:
             event = Event(len(self.events), time.time(), step, kind, data, by)
             if self._file is not None:
@@ -149,7 +154,8 @@ class Journal:
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError("torn line")
-                event = Event.parse(line)
+                with collector_waits():
+                    event = Event.parse(line)
                 if event.seq != number:
                     raise ValueError(f"event {event.seq} where {number} belongs")
             except ValueError as error:

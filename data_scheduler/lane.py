@@ -7,14 +7,14 @@ from a position alone the stream continues exactly: opening it reads one chunk, 
 A chunk is read when it is opened and encoded some 64 KB at a time; sequences are then cut from an array.
 """
 
-from bisect import bisect_right
 from typing import NamedTuple
 
 from data_scheduler.batch import Segments
 from data_scheduler.chunk_tokens import OpenChunk
 from data_scheduler.order import Int64
+from data_scheduler.sequences import AnyTokens
 from data_scheduler.source import SourceReader
-from data_scheduler.stretch import AnyTokens, Stretch, join
+from data_scheduler.stretch import Stretch, join
 from headrace.errors import DataError
 
 EMPTY_EPOCHS = 10_000
@@ -61,6 +61,7 @@ class LaneStream:
         """Go on from `position`."""
         self._epoch, self._cursor, self._document, self._at, self._generations = position
         # `_at` is the place in the stretch of the next token; before one is open, in the document where it will begin.
+        self._place = 0  # the piece of the stretch that it is in
         self._stretch: Stretch | None = None
         self._chunk: OpenChunk | None = None
 
@@ -77,10 +78,10 @@ class LaneStream:
     @property
     def position(self) -> Position:
         """Where the next token stands."""
-        if self._stretch is None:
+        stretch, place = self._stretch, self._place
+        if stretch is None:
             return Position(self._epoch, self._cursor, self._document, self._at, self._generations)
-        place = bisect_right(self._stretch.begins, self._at) - 1
-        token = self._at - self._stretch.begins[place] + self._stretch.offsets[place]
+        token = self._at - int(stretch.begins[place]) + int(stretch.offsets[place])
         return Position(self._epoch, self._cursor, self._document + place, token, self._generations)
 
     def take(self, out: Int64 | AnyTokens) -> Segments:
@@ -90,8 +91,8 @@ class LaneStream:
         """
         length = len(out)
         stretch = self._stretch
-        if stretch is not None and len(stretch) - self._at > length:  # the usual case
-            out[:], segments = stretch.cut(self._at, length)
+        if stretch is not None and len(stretch.tokens) - self._at > length:  # the usual case
+            segments, self._place = stretch.cut(self._at, self._place, out)
             self._at += length
             if self._at >= COMPACT_TOKENS:
                 self._compact()
@@ -105,7 +106,7 @@ class LaneStream:
                 self.rewind(before)
                 raise
             count = min(length - filled, len(stretch) - self._at)
-            out[filled : filled + count], segments = stretch.cut(self._at, count)
+            segments, self._place = stretch.cut(self._at, self._place, out[filled : filled + count])
             parts.append((filled, segments))
             filled += count
             self._at += count
@@ -119,9 +120,9 @@ class LaneStream:
         """Let go of tokens that were used: open chunks are most of what a scheduler holds in memory."""
         stretch = self._stretch
         if stretch is not None and self._at >= COMPACT_TOKENS and 2 * self._at >= len(stretch):
-            self._stretch, gone = stretch.tail(self._at)
-            self._document += gone
-            self._at = 0
+            self._stretch = stretch.tail(self._at, self._place)
+            self._document += self._place
+            self._at = self._place = 0
 
     def _open_next(self, filled: int) -> Stretch:
         """Encode what comes next in the chunk at (epoch, cursor), moving on when there is no document left there.
@@ -153,5 +154,5 @@ class LaneStream:
             elif len(stretch) == 0:
                 self._document += len(stretch.begins)
             else:
-                self._stretch = stretch
+                self._stretch, self._place = stretch, stretch.place(self._at)
                 return stretch

@@ -82,7 +82,7 @@ class LayoutIndex:
                     for name, _, size, stamp, layout in database.execute(query, [format, *some]):
                         file = wanted[name]
                         if (size, stamp) == (file.size, file.stamp):
-                            kept[file.path] = [(records, text) for records, text in orjson.loads(layout)]
+                            kept[file.path] = list(map(tuple, orjson.loads(layout)))
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
         return kept

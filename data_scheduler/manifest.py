@@ -4,20 +4,18 @@ The manifest is taken once, when the source enters the run, and journaled; a res
 that appear later cannot change the order of what was there before. What lanes are dealt is cut from it by `chunks`.
 """
 
-import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from data_scheduler.chunks import TEXT_PER_COMPRESSED_BYTE, Chunk, Piece, cut_pieces
+from data_scheduler.chunks import Chunks, cut_pieces
+from data_scheduler.collector import collector_waits
 from data_scheduler.config import SourceConfig
-from data_scheduler.formats.records import Unit
 from data_scheduler.layout_index import LayoutIndex, Layouts
-from data_scheduler.listing import BATCH, THREADS, File
-from data_scheduler.paths import file_kind, is_url, list_files
-from data_scheduler.reading import TOKEN_KINDS, layout_units
-from headrace.errors import DataError
+from data_scheduler.listing import File, looked_at
+from data_scheduler.paths import is_url, list_files
+from data_scheduler.pieces import Pieces, pieces_of
+from headrace.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,16 @@ class Manifest:
     def take(config: SourceConfig, index: LayoutIndex | None = None) -> "Manifest":
         """Look at the source's files now; with `index`, files it knows unchanged are not opened.
 
-        Raises ConfigError when there are none, DataError when all are empty.
+        Raises ConfigError when there are none, or all are empty.
         """
-        return Manifest.of(config, list_files(config.paths, f"source {config.name!r}", config.format), index)
+        with collector_waits():
+            return Manifest.of(config, list_files(config.paths, f"source {config.name!r}", config.format), index)
 
     @staticmethod
     def of(config: SourceConfig, files: list[File], index: LayoutIndex | None = None) -> "Manifest":
-        """The manifest of these files of a source. Raises DataError when all are empty."""
+        """The manifest of these files of a source. Raises ConfigError when all are empty."""
         if not any(file.size for file in files):
-            raise DataError(f"source {config.name!r}: all {len(files)} files are empty ({files[0].path}, …)")
+            raise ConfigError(f"source {config.name!r}: all {len(files)} files are empty ({files[0].path}, …)")
         layouts, problems = (index or LayoutIndex(None)).layouts(files, config.format, f"source {config.name!r}")
         for path, problem in problems.items():
             if config.on_error == "stop":
@@ -62,12 +61,13 @@ class Manifest:
         25 to 60 bytes a file: 0.4 MB for 10,000 files, 40 MB for a million.
         """
         folders: list[list[Any]] = []
-        for path, size in self.files:
-            head, slash, name = path.rpartition("/")
-            if not folders or folders[-1][0] != head + slash:
-                folders.append([head + slash, []])
-            layout = self.row_groups.get(path)
-            folders[-1][1].append([name, size] if layout is None else [name, size, layout])
+        with collector_waits():
+            for path, size in self.files:
+                head, slash, name = path.rpartition("/")
+                if not folders or folders[-1][0] != head + slash:
+                    folders.append([head + slash, []])
+                layout = self.row_groups.get(path)
+                folders[-1][1].append([name, size] if layout is None else [name, size, layout])
         return {"source": self.source, "folders": folders}
 
     @staticmethod
@@ -75,14 +75,15 @@ class Manifest:
         """The manifest of a journal event."""
         files: list[tuple[str, int]] = []
         row_groups: Layouts = {}
-        for folder, entries in data["folders"]:
-            for name, size, *layout in entries:
-                files.append((folder + name, size))
-                if layout:
-                    row_groups[folder + name] = [(rows, text) for rows, text in layout[0]]
+        with collector_waits():
+            for folder, entries in data["folders"]:
+                for name, size, *layout in entries:
+                    files.append((folder + name, size))
+                    if layout:
+                        row_groups[folder + name] = [(rows, text) for rows, text in layout[0]]
         return Manifest(data["source"], files, row_groups)
 
-    def chunks(self, config: SourceConfig, chunk_bytes: int, lanes: int) -> list[Chunk]:
+    def chunks(self, config: SourceConfig, chunk_bytes: int, lanes: int) -> Chunks:
         """The chunks of the source, in file order; a pure function of the manifest and the arguments.
 
         Chunks are `chunk_bytes` of text where a file can be cut there, smaller when the source would otherwise not give
@@ -90,37 +91,22 @@ class Manifest:
         """
         return cut_pieces(self.pieces(config), chunk_bytes, lanes)
 
-    def pieces(self, config: SourceConfig) -> list[Piece]:
+    def pieces(self, config: SourceConfig) -> Pieces:
         """The units of every file that is not empty, with their text and how they can be cut."""
-        return [piece for path, size in self.files for piece in self._pieces(path, size, config)]
-
-    def _pieces(self, path: str, size: int, config: SourceConfig) -> list[Piece]:
-        if size == 0:
-            return []
-        kind, compression = file_kind(path, config.format)
-        if path in self.row_groups:
-            layout = self.row_groups[path]
-            units = layout_units(path, config.format, layout)
-            how = "documents" if kind in TOKEN_KINDS else "rows"
-            return [Piece(unit, max(1, text), how) for unit, (_, text) in zip(units, layout, strict=True)]
-        how = "records" if kind != "jsonl" else "bytes" if compression is None else "lines"
-        return [Piece(Unit(path, 0, -1), size * (TEXT_PER_COMPRESSED_BYTE if compression else 1), how)]
+        return pieces_of(self.files, self.row_groups, config.format)
 
 
 def check_unchanged(manifest: Manifest) -> None:
     """Raise DataError when a local file of the manifest is gone or has another size than the journal says."""
     local = [file for file in manifest.files if not is_url(file[0])]
-    batches = [local[at : at + BATCH] for at in range(0, len(local), BATCH)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        sizes = itertools.chain.from_iterable(pool.map(_sizes, batches))
-        for (path, size), now in zip(local, sizes, strict=True):
-            if now is None:
-                raise DataError(f"source {manifest.source!r}: {path} is gone; the run's journal needs it")
-            if now != size:
-                raise DataError(
-                    f"source {manifest.source!r}: {path} has {now} bytes, {size} when it entered the run; "
-                    "put the old file back, or start a new run folder"
-                )
+    for (path, size), now in zip(local, looked_at(_sizes, local), strict=True):
+        if now is None:
+            raise DataError(f"source {manifest.source!r}: {path} is gone; the run's journal needs it")
+        if now != size:
+            raise DataError(
+                f"source {manifest.source!r}: {path} has {now} bytes, {size} when it entered the run; "
+                "put the old file back, or start a new run folder"
+            )
 
 
 def _sizes(files: list[tuple[str, int]]) -> list[int | None]:

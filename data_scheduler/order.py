@@ -11,8 +11,11 @@ promise (NEP 19); the raw stream of a BitGenerator does, so permutations are a s
 
 import hashlib
 import heapq
+import itertools
 import math
+import struct
 import threading
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,8 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 
 
+MANY = 1024
+"""Numbers from which another look at them costs less than the time a faster sort saves."""
 GOLDEN = 11400714819323198485
 """2⁶⁴ over the golden ratio; its multiples spread evenly over 64 bits."""
 
@@ -27,31 +32,40 @@ GOLDEN = 11400714819323198485
 def draws(size: int, *key: int | str) -> npt.NDArray[np.uint64]:
     """uint64[size] random numbers named by `key`: the Philox stream of its hash, independent of that of other keys."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
-    # Setting the state of a generator that is there costs 2 µs, making one 12 to 20.
+    # Setting the state of a generator that is there costs 2 µs, making one 12 to 20; from arrays instead of tuples 3.
     generator: np.random.Philox | None = getattr(_generators, "philox", None)
     if generator is None:
         generator = _generators.philox = np.random.Philox(key=0)
-    generator.state = {
+    state: Any = {
         "bit_generator": "Philox",
-        "state": {"counter": _ZERO, "key": np.frombuffer(digest, dtype="<u8").astype(np.uint64)},
+        "state": {"counter": _ZERO, "key": _TWO_NUMBERS.unpack(digest)},
         "buffer": _ZERO,
         "buffer_pos": 4,
         "has_uint32": 0,
         "uinteger": 0,
     }
+    generator.state = state
     numbers: npt.NDArray[np.uint64] = generator.random_raw(size)
     return numbers
 
 
 _generators = threading.local()
-_ZERO = np.zeros(4, np.uint64)
+_ZERO = (0, 0, 0, 0)
+_TWO_NUMBERS = struct.Struct("<2Q")
 
 
 def permutation(size: int, *key: int | str) -> Int64:
     """A permutation of range(size), int64[size], fixed by `key`."""
     if size < 2:
         return np.zeros(size, dtype=np.int64)
-    return np.argsort(draws(size, *key), kind="stable").astype(np.int64, copy=False)
+    numbers = draws(size, *key)
+    if size >= MANY:
+        # Twice as fast as a stable sort, and the same unless two draws are equal, which 64 bits seldom are.
+        order = numbers.argsort().astype(np.int64, copy=False)
+        drawn = numbers[order]
+        if (drawn[1:] != drawn[:-1]).all():
+            return order
+    return numbers.argsort(kind="stable").astype(np.int64, copy=False)
 
 
 def lanes_of(first: int, batch: int, lanes: int) -> Int64:
@@ -67,13 +81,16 @@ def lanes_of(first: int, batch: int, lanes: int) -> Int64:
         ([0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7])
     """
     unit = math.gcd(batch, lanes)
-    blocks = lanes // unit
-    group, within = np.divmod(np.arange(first, first + batch, dtype=np.int64), unit)
-    rounds, place = np.divmod(group, blocks)
-    # 64-bit multiples of 2⁶⁴/φ, wrapping; their upper 32 bits times n, shifted, are floor(n · frac(r/φ)) in integers.
-    turned = (rounds.astype(np.uint64) * np.uint64(GOLDEN)) >> np.uint64(32)
-    begun = (turned * np.uint64(blocks) >> np.uint64(32)).astype(np.int64)
-    return (place + begun) % blocks * unit + within
+    taken, at, end = [], first, first + batch
+    while at < end:
+        number, place = divmod(at, lanes)
+        next_round = min(end, at - place + lanes)
+        # A round takes its blocks in a circle, so its lanes too are consecutive numbers, from where it begins on. Upper
+        # 32 bits of 64-bit multiples of 2⁶⁴/φ, times n, shifted, are floor(n · frac(r/φ)) in integers.
+        begun = ((number * GOLDEN % (1 << 64) >> 32) * (lanes // unit) >> 32) * unit + place
+        taken.append(np.arange(begun, begun + next_round - at, dtype=np.int64) % lanes)
+        at = next_round
+    return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
 
 def deal(sizes: Int64, order: Int64, lanes: Int64) -> list[Int64]:
@@ -83,11 +100,12 @@ def deal(sizes: Int64, order: Int64, lanes: Int64) -> list[Int64]:
     ties, so that where lanes outnumber chunks each epoch serves others. Returns one int64 array of chunk numbers per
     lane. A chunk goes to the emptiest lane, so no two lanes ever differ by more than the largest chunk.
     """
-    hands: list[list[int]] = [[] for _ in lanes]
-    loads = [(0, turn) for turn in range(len(lanes))]
-    seats = lanes.tolist()
-    for chunk, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-        load, turn = loads[0]
-        hands[seats[turn]].append(chunk)
-        heapq.heapreplace(loads, (load + size, turn))
-    return [np.array(hand, dtype=np.int64) for hand in hands]
+    shift = len(lanes).bit_length()
+    # Load and turn in one number: compared in a third of the time that pairs take, and no two are equal.
+    loads = list(range(len(lanes)))
+    replace = heapq.heapreplace
+    emptiest = [replace(loads, loads[0] + size) for size in (sizes[order] << shift).tolist()]
+    seats = lanes[np.array(emptiest, np.int64) & ((1 << shift) - 1)]
+    dealt = order[np.argsort(seats, kind="stable")]
+    edges = np.cumsum(np.bincount(seats, minlength=len(lanes))).tolist()
+    return [dealt[start:stop] for start, stop in itertools.pairwise([0, *edges])]

@@ -1,7 +1,6 @@
 """From the paths of a source to a sorted list of files with sizes; local paths and fsspec URLs alike."""
 
 import os
-from functools import lru_cache
 from typing import IO
 
 from data_scheduler.listing import File, local_files
@@ -43,13 +42,16 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-@lru_cache(maxsize=1 << 16)
 def file_kind(path: str, wanted: str = "auto") -> tuple[str, str | None]:
     """(format, suffix of its compression) of a file by its name; `wanted` overrides the format. Raises ConfigError."""
-    stem, suffix = os.path.splitext(path.split("?", 1)[0])
-    compression = suffix if suffix in COMPRESSIONS else None
-    if compression:
-        suffix = os.path.splitext(stem)[1]
+    # As `_suffixes`, in an eighth of its time; every file of a source of a million is looked at when a run starts.
+    dot = path.rfind(".")
+    suffix, compression = path[dot:], None
+    if suffix in COMPRESSIONS:
+        compression, end, dot = suffix, dot, path.rfind(".", 0, dot)
+        suffix = path[dot:end]
+    if dot <= 0 or path[dot - 1] in "./" or "/" in suffix or "?" in path:
+        suffix, compression = _suffixes(path)
     kind = FORMATS.get(suffix) if wanted == "auto" else wanted
     if compression and kind in UNCOMPRESSED:
         raise ConfigError(f"{path}: {kind} files are read in place; decompress it once with a tool of your choice")
@@ -59,6 +61,14 @@ def file_kind(path: str, wanted: str = "auto") -> tuple[str, str | None]:
             f"{' or '.join(COMPRESSIONS)} (or set the source's `format`)"
         )
     return kind, compression
+
+
+def _suffixes(path: str) -> tuple[str, str | None]:
+    """(suffix of the format, of the compression) of any name: with a URL's query, or beginning with dots."""
+    stem, suffix = os.path.splitext(path.split("?", 1)[0])
+    if suffix in COMPRESSIONS:
+        return os.path.splitext(stem)[1], suffix
+    return suffix, None
 
 
 def expand(patterns: list[str], owner: str, wanted: str = "auto") -> list[tuple[str, int]]:

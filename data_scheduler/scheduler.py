@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_scheduler.batch import Batch, BoolArray, Int32, RejectedRecord, Segments
+from data_scheduler.batch import Batch, RejectedRecord, Segments
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.control import Decision, settle
 from data_scheduler.encoder import Encoder, load_encoder
-from data_scheduler.identity import check_same_run, sample_texts
+from data_scheduler.identity import beginning, check_same_run, sample_texts, settled
 from data_scheduler.journal import Event, Journal, Kind
 from data_scheduler.lane import ExhaustedError, LaneStream, Position
 from data_scheduler.layout_index import LayoutIndex
@@ -41,7 +41,10 @@ from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry, Packer
 from data_scheduler.paths import list_files
 from data_scheduler.plan import Chosen, Growth, Plan
-from data_scheduler.policies import Feedback, Policy, make_policy
+from data_scheduler.policies import Feedback, Policy
+from data_scheduler.policies.guard import Guard, open_policy
+from data_scheduler.policy_context import PolicyInputs, run_context
+from data_scheduler.sequences import BoolArray, Int32
 from data_scheduler.source import SourceReader
 from data_scheduler.state import EXHAUSTED, State, Touched
 from data_scheduler.unit_cache import UnitCache
@@ -77,6 +80,7 @@ class Scheduler:
         replaying: bool = False,
         watch: bool | None = None,
         hashing: bool = False,
+        run_steps: int | None = None,
     ) -> None:
         """Open the sources, or those of the journal in `run_dir` when there is one.
 
@@ -84,9 +88,9 @@ class Scheduler:
         `replaying` the journal alone decides and nothing is added to it. Sources with `watch` are looked after here
         when there is one rank (`watch` overrides that); with several, hand what `new_files` finds on one of them to
         `grow` on all. With `hashing` the digests of batches are made along with them, in the loader's thread, and not
-        when they are first asked for. Raises ConfigError, LayoutError or DataError.
+        when they are first asked for. `run_steps` is the length of the whole run, for policies that plan for it.
+        Raises ConfigError, LayoutError or DataError.
         """
-        check_layout(config, dp_rank, dp_size)
         self._replaying, self._hashing = replaying, hashing
         self.names = [source.name for source in config.sources]
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -96,8 +100,8 @@ class Scheduler:
         self.journal = journal
         self._recording = threading.Lock()
         fresh = not journal.events
-        begun_with = None if fresh else journal.events[0].data["data"]["chunk_bytes"]
-        self.config = config = config.model_copy(update={"chunk_bytes": begun_with or config.settled_chunk_bytes})
+        self.config = config = settled(config, None if fresh else beginning(journal).data["data"])
+        check_layout(config, dp_rank, dp_size)
         known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
         for manifest in [*known.values(), *(Manifest.from_data(event.data) for event in journal.of("grown"))]:
             check_unchanged(manifest)
@@ -109,8 +113,16 @@ class Scheduler:
         )
         if not fresh:
             check_same_run(config, journal, self.encoder.fingerprint)
+        self._run_steps, self._inputs = run_steps, PolicyInputs(journal)
+        self._context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, run_steps)
+        configured = {source.name: source.weight for source in config.sources}
+        self._policy = self._made_policy(config.policy.kind, config.policy.options, configured)
+        self._chosen = Chosen(config.policy.kind, config.policy.options, configured, -1, False)
+        self._asking: tuple[Chosen, Policy] | None = None
         # Nothing was written so far: a wrong path or setting must not leave half a run behind.
         self._record_sources(fresh, new)
+        for given in self._inputs.take_new():
+            journal.append("policy_input", 0, given, "system")
         self.plan = Plan(journal)
         self._resuming = not fresh
         self._begun = False
@@ -118,9 +130,6 @@ class Scheduler:
         self.readers = []
         for source in config.sources:
             self.readers.append(SourceReader(source, manifests[source.name], config, self.encoder, cache))
-        configured = {source.name: source.weight for source in config.sources}
-        self._policy = self._made_policy(config.policy.kind, config.policy.options, configured)
-        self._chosen = Chosen(config.policy.kind, config.policy.options, configured, -1, False)
         self._watched = [source for source in config.sources if source.watch]
         self._watches_itself = dp_size == 1 if watch is None else watch
         self._last_look: dict[str, dict[str, File]] = {}
@@ -210,8 +219,13 @@ class Scheduler:
             if limit is not None and (limit, seen) not in known:
                 data = {"source": name, "max_epochs": limit, "generations": seen, "reported": step}
                 self._record("capped", step + self.config.policy.horizon, data, "system")
-        report = Feedback(step, dict(source_loss), dict(source_tokens))
-        self._consumed.feedback.append(report)
+        validation: dict[str, float] = {}
+        for early in self._consumed.feedback:
+            if early.step == step:  # from `validated`, before the step
+                validation.update(early.validation_loss)
+        shares = self._shares_drawn_with(step)
+        report = Feedback(step, dict(source_loss), dict(source_tokens), validation, shares)
+        self._consumed.feedback = [other for other in self._consumed.feedback if other.step != step] + [report]
         with self._report_arrived:
             self._reported[step] = report
             self._report_arrived.notify_all()
@@ -231,6 +245,11 @@ class Scheduler:
 
     def take(self, decision: Decision, by: str) -> Event:
         """Journal what a person decided and let it take effect; every rank must, between the same two steps."""
+        if decision.kind == "policy":
+            # What it asks about the data is measured now, and journaled by every rank at the same place.
+            self._made_policy(decision.data["kind"], decision.data["options"], self.plan.chosen(decision.step).initial)
+            for given in self._inputs.take_new():
+                self._record("policy_input", decision.step, given, "system")
         return self._record(decision.kind, decision.step, decision.data, by)
 
     def with_source(self, source: SourceConfig) -> "Scheduler":
@@ -247,6 +266,7 @@ class Scheduler:
             encoder=self.encoder,
             watch=self._watches_itself,
             hashing=self._hashing,
+            run_steps=self._run_steps,
         )
         continued.load_state_dict(self.state_dict())
         return continued
@@ -266,6 +286,23 @@ class Scheduler:
             raise
         except Exception as error:
             raise ConfigError(f"policy {kind!r} cannot go on from here: {type(error).__name__}: {error}") from None
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether the policy wants held-out losses measured now, before the next step; give them to `validated`."""
+        # The loader's policy may be some steps ahead, on one rank further than on another.
+        chosen = self.plan.chosen(self._consumed.step)
+        if self._asking is None or self._asking[0] != chosen:
+            self._asking = chosen, self._made_policy(chosen.kind, chosen.options, chosen.initial)
+        wants = getattr(self._asking[1], "wants_validation", None)
+        return wants is not None and bool(wants(self._consumed.step))
+
+    def validated(self, losses: Mapping[str, float]) -> None:
+        """Report held-out losses per token and source, measured since the last step; every rank must, and the same.
+
+        The policy hears them with the next step's report.
+        """
+        self._consumed.feedback.append(Feedback(self._consumed.step, validation_loss=dict(losses)))
 
     def state_dict(self) -> dict[str, Any]:
         """Where consumption stands: exact whatever was prefetched. Holds this rank's lanes; `merge` joins ranks."""
@@ -321,7 +358,7 @@ class Scheduler:
         self._wanted = dict(self._consumed.wanted)
         self._shares_of: Mapping[str, float] = {}
         self._shares_known = np.zeros(0, np.int64)
-        self._reported = {report.step: report for report in self._consumed.feedback}
+        self._reported = {report.step: report for report in self._consumed.feedback if report.step < self._step}
         self._heard = self._step - 1 - self.config.policy.horizon
 
     def _produce(self) -> _Produced:
@@ -339,22 +376,15 @@ class Scheduler:
         source_ids = sources[own].astype(np.int64)
         packed: list[Segments] = []
         touched: list[Touched] = []
-        for row, (slot, source) in enumerate(zip(own.tolist(), source_ids.tolist(), strict=True)):
-            sequence, lane = self._sequences + slot, int(lanes[slot])
-            given, segments = self._pack(lane, sequence, source, shares, tokens[row], touched)
+        asked = zip(own.tolist(), lanes[own].tolist(), source_ids.tolist(), tokens, strict=True)
+        for row, (slot, lane, source, out) in enumerate(asked):
+            given, segments = self._pack(lane, self._sequences + slot, source, shares, out, touched)
             packed.append(segments)
-            source_ids[row] = given
+            if given != source:
+                source_ids[row] = given
+        starts, ids, offsets, weights = map(list, zip(*packed, strict=True))
         batch = Batch(
-            step,
-            tokens,
-            [segments.starts for segments in packed],
-            source_ids,
-            [segments.document_ids for segments in packed],
-            [segments.offsets for segments in packed],
-            own,
-            [segments.weights for segments in packed],
-            self._exhausted(),
-            rejects=self._take_rejects(),
+            step, tokens, starts, source_ids, ids, offsets, own, weights, self._exhausted(), self._take_rejects()
         )
         if self._hashing:
             _ = batch.digests
@@ -424,7 +454,7 @@ class Scheduler:
     def _apply_limits(self, step: int) -> None:
         """Let the readers see the files and keep the limits of `step`, and find the lanes that are through."""
         limits = self.plan.limits.at(step) or {}
-        seen = [self.plan.generations(name, step) for name in self.names]
+        seen = [self.plan.generations(name, step) if self.plan.grown else 1 for name in self.names]
         if limits == self._limits and seen == self._generations:
             return
         self._limits, self._generations = limits, seen
@@ -467,6 +497,9 @@ class Scheduler:
             return self._decided_weights(step)
         self._change_policy(step)
         wanted = self._policy.weights(step, self._feedback_for(step))
+        if isinstance(self._policy, Guard):
+            for kind, data in self._policy.take_notes():
+                self._record(kind, step, data, f"policy:{self._chosen.kind}")
         # What a person set stays. Most policies repeat themselves: nothing to do then, unless another has just begun.
         in_force = self.plan.mixture.at(step)
         begins = self.plan.deciding(step) != self.plan.deciding(step - 1)
@@ -498,7 +531,7 @@ class Scheduler:
         self._policy, self._chosen = policy, chosen
 
     def _made_policy(self, kind: str, options: Mapping[str, Any], initial: Mapping[str, float]) -> Policy:
-        policy = make_policy(kind, options, initial)
+        policy = open_policy(self.config, self._context, kind, options, initial)
         if policy.uses_feedback:
             self._check_horizon()
         return policy
@@ -527,6 +560,13 @@ class Scheduler:
                 heard.append(self._reported.pop(number))
         self._heard = last
         return heard
+
+    def _shares_drawn_with(self, step: int) -> dict[str, float]:
+        """The mixture a past step was drawn with, summing to 1; nothing for sources through or under quarantine."""
+        asked = self.plan.asked(step) or {}
+        weights = {name: 0.0 if self.plan.is_capped(name, step) else weight for name, weight in asked.items()}
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()} if total else {}
 
     def _stopping(self) -> bool:
         return self._loader is not None and self._loader.stopping.is_set()

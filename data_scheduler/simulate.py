@@ -27,6 +27,7 @@ from data_scheduler.layout_index import LayoutIndex
 from data_scheduler.manifest import Manifest
 from data_scheduler.mixture import ONE
 from data_scheduler.order import Int64
+from data_scheduler.policies.context import SourceSize
 from data_scheduler.progress import Task
 from data_scheduler.source import SourceReader
 from data_scheduler.token_estimate import TokenEstimate, estimate_tokens
@@ -206,7 +207,7 @@ def estimate_sources(config: DataConfig) -> list[Volume]:
 
 def _lane_bytes(reader: SourceReader, epochs: int) -> Int64:
     """Text that each lane is dealt in the first epochs, int64[lanes]."""
-    sizes = np.array([chunk.size for chunk in reader.chunks], np.int64)
+    sizes = reader.chunks.sizes()
     lanes = range(reader.lanes)
     dealt = [[int(sizes[reader.hand(epoch, lane)].sum()) for lane in lanes] for epoch in range(epochs)]
     total: Int64 = np.array(dealt, np.int64).sum(axis=0)
@@ -230,7 +231,11 @@ def simulate(
         for source, volume in zip(config.sources, volumes, strict=True)
         if volume.lane_bytes is not None and volume.estimate.tokens
     }
-    run = DryRun(config, capacities, losses)
+    sizes = {
+        source.name: SourceSize(volume.estimate.text_bytes, volume.estimate.tokens)
+        for source, volume in zip(config.sources, volumes, strict=True)
+    }
+    run = DryRun(config, capacities, losses, sizes, steps)
     per_epoch = np.array([volume.estimate.tokens or math.nan for volume in volumes]) / width
     sums = _Sums(steps, per_epoch)
     with Task("simulating", steps) as task:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_scheduler.batch import RejectedRecord
+from data_scheduler.chunks import Chunks
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, Tokens
 from data_scheduler.formats.records import Document, Records
@@ -20,8 +21,8 @@ from data_scheduler.token_cache import CachedChunk, TokenCache
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError
 
-HANDS_CHUNKS = 1 << 18
-"""Chunks in dealings that are kept, 8 bytes each, besides the last three."""
+HANDS_BYTES = 1 << 19
+"""Dealings that are kept, besides the last three: 90 epochs of 500 chunks dealt to 240 lanes."""
 REJECT_GRACE = 1000
 """Records read before `max_reject_fraction` is enforced; a bad first record is not a bad source."""
 
@@ -58,7 +59,8 @@ class SourceReader:
         self.rejects: list[RejectedRecord] = []
         """Newly met rejects, in the order met; the scheduler empties it into each batch."""
         self._data, self._cache = data, cache
-        self._hands: OrderedDict[int, list[Int64]] = OrderedDict()
+        self._hands: OrderedDict[int, tuple[Int64, Int64]] = OrderedDict()
+        """(chunks lane after lane, where each lane's begin) by epoch; an array each would be five times that."""
         self._records_read = 0
         self._records_rejected = 0
         self._last_reject: RejectedRecord | None = None
@@ -75,15 +77,16 @@ class SourceReader:
 
     def grow(self, more: Sequence[Manifest]) -> None:
         """Take `more` for the files that joined the source after it entered the run, in the order of their joining."""
-        self.manifest, self.chunks = self._original, []
-        self._firsts = [0]
+        self.manifest, self._firsts = self._original, [0]
+        tables = []
         for number, manifest in enumerate([self._original, *more]):
             self.manifest = self.manifest.with_more(manifest) if number else manifest
-            self.chunks += manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes)
-            self._firsts.append(len(self.chunks))
+            tables.append(manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes))
+            self._firsts.append(self._firsts[-1] + len(tables[-1]))
+        self.chunks = Chunks.joined(tables)
         units = UnitReader(self.config, self.encoder.eos_id, self.encoder.vocab_size, dict(self.manifest.files))
         self._parts = PartReader(self.config, self.manifest, self._data, units, self._cache)
-        self._sizes = np.array([chunk.size for chunk in self.chunks], dtype=np.int64)
+        self._sizes = self.chunks.sizes()
         self._hands.clear()
 
     def generation_of(self, chunk: int) -> int:
@@ -104,12 +107,14 @@ class SourceReader:
                 for number, (first, stop) in enumerate(itertools.pairwise(self._firsts))
             ]
             lanes = permutation(self.lanes, self.seed, "lanes", self.config.name, epoch)
-            self._hands[epoch] = deal(self._sizes, np.concatenate(joined), lanes)
+            hands = deal(self._sizes, np.concatenate(joined), lanes)
+            self._hands[epoch] = np.concatenate(hands), np.cumsum([0, *map(len, hands)])
             # Lanes of a large source are an epoch apart at most; those of one with few documents drift far apart, and a
             # dealing of 500 chunks costs as much as 100 sequences.
-            while len(self._hands) > max(3, HANDS_CHUNKS // len(self.chunks)):
+            while len(self._hands) > max(3, HANDS_BYTES // (8 * (len(self.chunks) + self.lanes))):
                 self._hands.popitem(last=False)
-        whole = self._hands[epoch][lane]
+        dealt, firsts = self._hands[epoch]
+        whole = dealt[firsts[lane] : firsts[lane + 1]]
         if len(self._firsts) == 2:
             return whole
         began = whole[whole < self._firsts[began_with]]

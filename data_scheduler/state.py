@@ -9,16 +9,18 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_scheduler.batch import Int32
 from data_scheduler.lane import Position
+from data_scheduler.mixture import tally
 from data_scheduler.order import Int64
 from data_scheduler.packing import Carry
 from data_scheduler.policies import Feedback
+from data_scheduler.sequences import Int32, count
 from headrace.errors import CheckpointError, ConfigError
 
 VERSION = 2
@@ -81,13 +83,21 @@ class State:
     def consume(self, touched: list[Touched], owed: Int64, asked: tuple[Int64, Int32], width: int) -> None:
         """Count one step as delivered: the sequences `asked` of (lanes, sources), of `width` tokens each."""
         sources = len(self.names)
-        places = [lane * sources + source for lane, source, _, _ in touched]
-        rows = np.array([position + carry for _, _, position, carry in touched], dtype=np.int32).reshape(-1, PLACE)
-        self.positions.reshape(-1, PLACE)[places] = rows  # of a pair that was touched twice the last place stays
-        given = [place for place, (*_, carry) in zip(places, touched, strict=True) if carry.bins != EXHAUSTED]
-        np.add.at(self.given.reshape(-1, 2), given, (1, width))
+        places = [
+            lane * sources + source if carry.bins != EXHAUSTED else ~(lane * sources + source)
+            for lane, source, _, carry in touched
+        ]
+        numbers = chain.from_iterable(position + carry for _, _, position, carry in touched)
+        rows = np.fromiter(numbers, np.int32, PLACE * len(touched)).reshape(-1, PLACE)
+        count(
+            np.array(places, np.int64),
+            rows,
+            self.positions.reshape(-1, PLACE),
+            self.given.reshape(-1, 2),
+            width,
+        )
         self.owed = owed
-        np.add.at(self.asked, asked, 1)
+        tally(self.asked, *asked)
         self.step += 1
         self.sequences += len(asked[0])
 
@@ -117,7 +127,10 @@ class State:
             "asked": self.asked.copy(),
             "policy": dict(self.policy),
             "wanted": dict(self.wanted),
-            "feedback": [[f.step, dict(f.source_loss), dict(f.source_tokens)] for f in self.feedback],
+            "feedback": [
+                [f.step, dict(f.source_loss), dict(f.source_tokens), dict(f.validation_loss), dict(f.shares)]
+                for f in self.feedback
+            ],
             "lanes_mod": [dp_rank, dp_size],
         }
 
@@ -151,7 +164,7 @@ class State:
             np.pad(np.asarray(state["asked"], dtype=np.int32), ((0, 0), (0, new))),
             dict(state["policy"]),
             dict(state["wanted"]),
-            [Feedback(step, loss, tokens) for step, loss, tokens in state["feedback"]],
+            [Feedback(*report) for report in state["feedback"]],
         )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 
 from data_scheduler.order import Int64
-from data_scheduler.stretch import AnyTokens
+from data_scheduler.sequences import AnyTokens
 
 log = logging.getLogger("headrace.data")
 

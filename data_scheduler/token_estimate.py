@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 
 from data_scheduler.blocks import Block
-from data_scheduler.chunks import TEXT_PER_COMPRESSED_BYTE, Piece
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, as_utf8
 from data_scheduler.formats import lines
@@ -29,6 +28,7 @@ from data_scheduler.formats.compression import CODECS, Damage, decoded
 from data_scheduler.formats.records import Document, MarkedText, Unit
 from data_scheduler.manifest import Manifest
 from data_scheduler.paths import file_kind
+from data_scheduler.pieces import TEXT_PER_COMPRESSED_BYTE, Piece
 from data_scheduler.reading import UnitReader
 from data_scheduler.source import boundary_tokens
 
@@ -76,7 +76,7 @@ class _Sample(NamedTuple):
 
 def estimate_tokens(config: DataConfig, source: SourceConfig, manifest: Manifest, encoder: Encoder) -> TokenEstimate:
     """Look at a few places of a source. Raises ConfigError for boundary tokens that the tokenizer does not have."""
-    pieces = manifest.pieces(source)
+    pieces = list(manifest.pieces(source))
     total = sum(piece.size for piece in pieces)
     boundary = sum(map(len, boundary_tokens(config, encoder)))
     units = UnitReader(source, encoder.eos_id, encoder.vocab_size, dict(manifest.files))

@@ -4,6 +4,7 @@
     docs/metrics.md         from the list in `pretrain.metrics.registry`
     docs/preparation.md     from the pydantic models of `data_scheduler.prep.config`
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
+    docs/mixing.md          its table of costs, from benchmarks/results/policy_overhead.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
 """
@@ -35,8 +36,8 @@ headrace config show recipes/quickstart.yaml train.steps=50   # the whole config
 headrace config schema                                        # JSON schema; editors complete and check YAML with it
 ```
 
-An unknown key, a wrong type or an impossible value is refused in one line that names the key, and the nearest valid key
-where there is one. Keys without a default must be given. `[n]` stands for an item of a list.
+An unknown key, one given twice, a wrong type or an impossible value is refused in one line that names the key, and the
+nearest valid key where there is one. Keys without a default must be given. `[n]` stands for an item of a list.
 """
 
 PREPARATION = f"""{NOTE}
@@ -205,11 +206,44 @@ def _facts(result: Schema) -> str:
     )
 
 
+def mixing() -> str:
+    """The page with its table of costs made from the result file."""
+    page = (DOCS / "mixing.md").read_text(encoding="utf-8")
+    result = json.loads((DOCS.parent / "benchmarks" / "results" / "policy_overhead.json").read_text())
+    few, many = result["sources"]
+    rows = [
+        (
+            f"`{kind}`",
+            *(
+                cell
+                for policy in (result["sources"][few]["policies"][kind], result["sources"][many]["policies"][kind])
+                for cell in (
+                    f"{policy['decision_us']:.0f} µs",
+                    f"{policy['dearest_us'] / 1e3:.1f} ms",
+                    f"{100 * policy['of_data_step']:.2f} %",
+                )
+            ),
+        )
+        for kind in result["sources"][few]["policies"]
+    ]
+    heads = [(f"{n} sources: a step", "the dearest", "of a data step") for n in (few, many)]
+    event = result["sources"][few]["journal_event"]
+    facts = _facts(result) + (
+        f"\nA data step reads, encodes and packs {result['tokens_per_step']:,} tokens of generated text on one core: "
+        f"{result['sources'][few]['data_step_us'] / 1e3:.0f} ms of CPU time, an easy text. A mixture event takes "
+        f"{event['wall_us'] / 1e3:.1f} ms in the journal, waiting for this machine's disk, in the thread that prepares "
+        "batches ahead.\n"
+    )
+    body = f"{_table(('policy', *heads[0], *heads[1]), rows)}\n{facts}"
+    return re.sub(r"(<!-- overhead -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)
+
+
 PAGES = {
     "configuration.md": configuration,
     "metrics.md": metrics,
     "preparation.md": preparation,
     "data_speed.md": data_speed,
+    "mixing.md": mixing,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every room of the house shares: the version and the one exception family.
+"""What every room of the house shares: the version, the one exception family, and how configuration files are read.
 
 The rooms are top-level packages: `data_scheduler` (what comes next), `parallel` (where it runs), `pretrain` (what a run
 does), `launch` (how it gets to a cluster). This package imports none of them.

@@ -18,6 +18,8 @@ def launch_local(config_path: str | Path, overrides: Sequence[str], nproc: int, 
     """Train here with `nproc` processes; the exit code of the last attempt. Raises ConfigError, LayoutError."""
     if nproc < 1:
         raise ConfigError(f"--nproc: at least 1, got {nproc}")
+    if max_restarts < 0:
+        raise ConfigError(f"--max-restarts: at least 0, got {max_restarts}")
     config = checked_config(config_path, overrides, nproc)
     run_dir = Path(config.run.dir)
     command = [sys.executable, "-m", "pretrain", "train", str(config_path), *overrides]

@@ -11,12 +11,11 @@ python: /opt/venv/bin/python
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from data_scheduler.config import StrictModel
-from headrace.errors import ConfigError
-from pretrain.config import parse_yaml
+from headrace.validation import validated
+from headrace.yaml_file import read_yaml
 
 OWN_OPTIONS = frozenset(
     {"account", "array", "error", "gpus", "gpus-per-node", "gres", "job-name", "nodes", "ntasks", "ntasks-per-node"}
@@ -52,14 +51,6 @@ class Site(StrictModel):
 
 def load_site(path: str | Path) -> Site:
     """The site file's settings; raises ConfigError."""
-    try:
-        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
-        return Site.model_validate({} if raw is None else raw)
-    except OSError as error:
-        raise ConfigError(f"--site {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--site {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors())
-        valid = ", ".join(Site.model_fields)
-        raise ConfigError(f"--site {path}: {'; '.join(problems)} (valid keys: {valid})") from None
+    file = read_yaml(path)
+    raw = {} if file.data is None else file.mapping(list(Site.model_fields))
+    return validated(Site, raw, f"--site {path}")

@@ -31,6 +31,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\
 # torch 2.13 renames collectives that this megatron calls by their old names.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
+# It also loads checkpoints by names that torch is about to drop, which would be seven lines at every resume.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core\.dist_checkpointing")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint")
+
 accelerator.install()
 with accelerator.importing_megatron():
     pass

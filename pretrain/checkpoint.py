@@ -128,7 +128,7 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
         loaded = dist_checkpointing.load(wanted, str(path))
     except (Exception, CheckpointException) as error:
         # megatron and torch raise a dozen kinds here; all mean that the files are not what meta.json says.
-        raise CheckpointError(f"{path}: cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
+        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
     for number, chunk in enumerate(state.chunks):
         chunk.load_state_dict(loaded[_chunk_key(state, number)])
     if weights_only:
@@ -137,7 +137,10 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     state.optimizer.load_state_dict(loaded["optimizer"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     if meta["layout"] == asdict(state.layout) and rng.is_file():
-        accelerator.set_rng_state(torch.load(rng, weights_only=True))
+        try:
+            accelerator.set_rng_state(torch.load(rng, weights_only=True))
+        except Exception as error:  # unpickling and setting raise half a dozen kinds for damaged bytes
+            raise _damaged(rng, type(error).__name__) from error
     return Progress(meta["step"], meta["tokens"]), load_state(path / "data_state.npz")
 
 
@@ -239,6 +242,13 @@ def _reason(error: OSError, partial: Path) -> str:
     # torch's writer reports a full disk as a failed assertion about file positions.
     what = os.strerror(errno.ENOSPC) if free < FULL_BYTES else error.strerror or error
     return f"{what} ({error.filename or partial}; {free / 1e6:.0f} MB free there)"
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be loaded ({why.rstrip(': ')}); if its files are damaged, move the folder of this step away: "
+        "the run then goes on from the checkpoint before it"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,30 +4,30 @@
 `ConfigError` with the key's path and the nearest valid name when anything does not fit.
 """
 
-import difflib
 import ipaddress
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from data_scheduler.config import DataConfig, StrictModel
 from headrace.errors import ConfigError
+from headrace.validation import validated
+from headrace.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Model = TypeVar("Model", bound=BaseModel)
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class RunSection(StrictModel):
     """Where the run lives."""
 
-    dir: str
+    dir: Annotated[str, Field(min_length=1)]
     """Run folder; everything the run writes is under it."""
     name: str = ""
     """Name for trackers; the run folder's name when empty."""
@@ -61,9 +61,9 @@ class ModelConfig(StrictModel):
     """Share the input embedding with the output head."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of weights at the start; output projections of attention and MLP get init_std/√(2·layers)."""
-    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    z_loss: NonNegativeFloat = 0.0
     """Coefficient of z-loss, c·log²Z (PaLM, arXiv 2204.02311)."""
-    max_z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    max_z_loss: NonNegativeFloat = 0.0
     """Coefficient of max-z loss, c·(max logit)² (Baichuan 2, arXiv 2309.10305)."""
 
 
@@ -94,14 +94,14 @@ class OptimizerConfig(StrictModel):
     kind: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
-    min_lr: Annotated[float, Field(ge=0.0)] = 3e-5
+    min_lr: NonNegativeFloat = 3e-5
     """Learning rate at the end of the decay."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Applied to matrices; norms and biases are not decayed."""
-    clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
+    clip_grad: NonNegativeFloat = 1.0
     """Global gradient-norm limit; 0 switches clipping off."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Shape after the warm-up; `wsd` holds the peak and decays over the last `decay_steps` steps."""
@@ -220,26 +220,6 @@ class RunConfig(StrictModel):
     control: ControlConfig = ControlConfig()
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-4` as a number, as YAML 1.2 does; PyYAML's 1.1 rules make it a string."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:float"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """`text` as plain data; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The validated configuration of `path` with `key.path=value` overrides applied.
 
@@ -256,7 +236,7 @@ def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[D
     if set(raw) != {"data"}:
         config = validate_config(raw, str(path))
         return config.data, config.train.steps
-    return _validated(_DataFile, raw, str(path)).data, None
+    return validated(_DataFile, raw, str(path)).data, None
 
 
 class _DataFile(StrictModel):
@@ -264,21 +244,7 @@ class _DataFile(StrictModel):
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    path = Path(path)
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file not found: {path}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; give the YAML file in it") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a config is a mapping with the sections {', '.join(RunConfig.model_fields)}")
+    raw = read_yaml(path).mapping(list(RunConfig.model_fields))
     for override in overrides:
         _apply_override(raw, override)
     return raw
@@ -286,20 +252,12 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def validate_config(raw: dict[str, Any], where: str) -> RunConfig:
     """`raw` as a RunConfig; raises ConfigError naming `where`, the key's path and the nearest valid name."""
-    return _validated(RunConfig, raw, where)
-
-
-def _validated(model: type[Model], raw: dict[str, Any], where: str) -> Model:
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        problems = [_describe(problem, raw) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+    return validated(RunConfig, raw, where)
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; reading it back gives an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def config_schema() -> str:
@@ -340,57 +298,3 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 node = node[part]
         else:
             raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a single value, not a section")
-
-
-def _describe(problem: Any, raw: Any) -> str:
-    location: tuple[str | int, ...] = problem["loc"]
-    key = ".".join(_name_items(location, raw)) or "config"
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _valid_keys(location), n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]!r}?)" if near else f" (valid: {', '.join(_valid_keys(location))})"
-        return f"unknown key {key}{hint}"
-    if problem["type"] == "missing":
-        return f"{key} is required"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    value = problem.get("input")
-    shown = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return f"{key}: {message}{shown}"
-
-
-def _name_items(location: tuple[str | int, ...], raw: Any) -> list[str]:
-    """Path parts, list items called by their `name` where they have one."""
-    parts: list[str] = []
-    node = raw
-    for part in location:
-        try:
-            node = node[part]
-        except (KeyError, IndexError, TypeError):
-            node = None
-        named = isinstance(part, int) and isinstance(node, dict) and isinstance(node.get("name"), str)
-        parts.append(node["name"] if named else str(part))
-    return parts
-
-
-def _valid_keys(location: tuple[str | int, ...]) -> list[str]:
-    """Field names of the section that holds the key at `location`."""
-    model: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = _model_of(annotation)
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_of(argument)
-        if found:
-            return found
-    return None

@@ -194,6 +194,7 @@ def probe(folder: Path) -> None:
         ("kernels", "attention", _attention),
         ("kernels", "optimizer", _optimizer),
         ("kernels", "swiglu", _swiglu),
+        ("kernels", "data loops", _loops),
         ("self-test", "files", _files),
         ("self-test", "encoder", _encoder),
         ("self-test", "training", _training),
@@ -253,6 +254,16 @@ def _swiglu(folder: Path) -> str:
     from parallel import accelerator, kernels
 
     return kernels.available(accelerator.device().type)["swiglu"]
+
+
+def _loops(folder: Path) -> str:
+    from data_scheduler import sequences
+
+    return (
+        "compiled"
+        if sequences.NATIVE
+        else "numpy; compiled ones need a C compiler and Python's headers when installing"
+    )
 
 
 def _files(folder: Path) -> str:

@@ -20,7 +20,7 @@ from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
 from data_scheduler.batch import Batch, RejectedRecord
 from data_scheduler.config import SourceConfig
 from data_scheduler.state import LANE_ARRAYS, Snapshots
-from headrace.errors import ConfigError, ExitCode
+from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout, validate
 from pretrain import checkpoint
@@ -141,7 +141,8 @@ class Run:
         while self.done.step < steps and not stop and not halt:
             self._step(sinks, progress)
             at = self.done.step
-            if self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every)) or at == steps:
+            due = self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every))
+            if due or at == steps or self.scheduler.wants_validation:
                 self._evaluate(sinks, progress)
             if (every and at % every == 0) or at == steps:
                 self._save(progress)  # before a pause that may last for hours
@@ -273,6 +274,7 @@ class Run:
     def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
         losses = self.held_out.losses(self.state)
         if losses:
+            self.scheduler.validated(losses)
             record: Record = {"step": self.done.step, "val_loss": losses}
             for sink in sinks:
                 sink.write(record)
@@ -322,6 +324,14 @@ class Run:
 
     def _open_folder(self) -> None:
         (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
+        latest = self.checkpoints.latest()
+        if latest is None or (self.run_dir / "journal.jsonl").exists():
+            return
+        if not checkpoint.read_meta(latest).get("weights_only", False):
+            raise CheckpointError(
+                f"{self.run_dir}: has checkpoints but no journal.jsonl; restore the file from a copy, or start a new "
+                "run folder: the order of the data cannot be known without it"
+            )
 
     def _write_config(self) -> None:
         """Only once the configuration has been accepted: a refused one must not replace that of the run."""
@@ -337,6 +347,7 @@ class Run:
             journal=journal,
             watch=False,
             hashing=True,
+            run_steps=self.config.train.steps,
         )
 
     def _open_sinks(self) -> list[Sink]:

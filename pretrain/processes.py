@@ -165,7 +165,12 @@ def _watch(children: list[subprocess.Popen[bytes]], stop: StopRequest, log_dir: 
 
 
 def _explain(rank: int, code: int, log_dir: Path) -> None:
-    """Say which rank failed, with the end of its log: rank 0's output has been seen, the others' has not."""
+    """Say which rank failed, with the end of its log: rank 0's output has been seen, the others' has not.
+
+    Of a mistake of the user that rank 0 has named in its own line, nothing more need be said.
+    """
+    if rank == 0 and code in DECISIVE:
+        return
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
     sys.stderr.write(f"headrace: rank {rank} {how}\n")
     if rank:

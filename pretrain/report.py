@@ -23,13 +23,10 @@ import numpy.typing as npt
 from headrace.errors import ConfigError
 from pretrain.metrics import Record, read_records
 from pretrain.metrics.registry import is_evaluation
+from pretrain.picture import COLOURS, LINE_STYLES, picture
 
 Floats = npt.NDArray[np.float64]
 
-# Okabe and Ito's colours, told apart with any kind of colour blindness; their yellow is left out, too pale on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINE_STYLES = ("-", "--", ":")
-"""With more sources than colours, the colours come again with the next style."""
 WINDOWS = 12
 """Widths of the smoothing window in a run."""
 DRAWN_POINTS = 4000
@@ -194,29 +191,8 @@ def thin(values: Floats, most: int) -> Floats:
 
 def plot(run: RunData, path: str | Path) -> None:
     """Draw total and per-source loss over steps into the PNG `path`. Raises ConfigError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("the plot needs matplotlib; pip install 'headrace[train]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "axes.edgecolor": "#888888",
-        "axes.axisbelow": True,
-    }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(10, 5.6), dpi=150, layout="constrained")
-        try:
-            _draw(run, axes)
-            figure.savefig(str(path), format="png")
-        finally:
-            plt.close(figure)
+    with picture(path, figsize=(10, 5.6), dpi=150) as figure:
+        _draw(run, figure.subplots())
 
 
 def _draw(run: RunData, axes: Any) -> None:

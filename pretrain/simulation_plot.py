@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_scheduler.simulate import MANY_EPOCHS, Simulation
-from headrace.errors import ConfigError
-from pretrain.report import COLOURS, LINE_STYLES
+from pretrain.picture import COLOURS, LINE_STYLES, picture
 
 FEW = 10
 """Sources that a legend can hold and an eye can tell apart."""
@@ -24,39 +23,20 @@ NAME_LENGTH = 24
 
 def plot_simulation(simulation: Simulation, path: str | Path) -> None:
     """Draw into the PNG `path`. Raises ConfigError without matplotlib, OSError when it cannot be written."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("the plot needs matplotlib; pip install 'headrace[train]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "axes.edgecolor": "#888888",
-        "axes.axisbelow": True,
-    }
     sources = simulation.sources
     many = len(sources) > FEW
     size = (11, 6.4) if not many else (max(11.0, 0.26 * len(sources)), 8.6)
-    with plt.rc_context(style):
-        figure, (above, below) = plt.subplots(2, figsize=size, dpi=130, layout="constrained", height_ratios=(3, 2))
-        try:
-            order = sorted(range(len(sources)), key=lambda n: (-sources[n].share_realised, n))
-            ranks = np.linspace(0, 0.92, len(sources))
-            colours: list[Any] = [COLOURS[n % len(COLOURS)] for n in range(len(sources))]
-            if many:
-                for rank, number in zip(ranks, order, strict=True):
-                    colours[number] = matplotlib.colormaps["turbo"](0.04 + rank)
-            _draw_shares(simulation, above, colours, many)
-            _draw_epochs(simulation, below, colours, order if many else list(range(len(sources))), many)
-            figure.savefig(str(path), format="png")
-        finally:
-            plt.close(figure)
+    with picture(path, figsize=size, dpi=130) as figure:
+        above, below = figure.subplots(2, height_ratios=(3, 2))
+        order = sorted(range(len(sources)), key=lambda n: (-sources[n].share_realised, n))
+        colours: list[Any] = [COLOURS[n % len(COLOURS)] for n in range(len(sources))]
+        if many:
+            from matplotlib import colormaps
+
+            for rank, number in zip(np.linspace(0, 0.92, len(sources)), order, strict=True):
+                colours[number] = colormaps["turbo"](0.04 + rank)
+        _draw_shares(simulation, above, colours, many)
+        _draw_epochs(simulation, below, colours, order if many else list(range(len(sources))), many)
 
 
 def _draw_shares(simulation: Simulation, axes: Any, colours: list[Any], many: bool) -> None:

@@ -3,9 +3,16 @@
 import os
 import tempfile
 
+from hypothesis import settings
 from small_corpus import corpus, data_config
 
 __all__ = ["corpus", "data_config"]
+
+# The same examples every time, so that a run of the tests says something about the code.
+# HYPOTHESIS_PROFILE=search draws new ones, to look for what these miss.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 _cache = tempfile.TemporaryDirectory(prefix="headrace-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name  # no test writes to the user's cache, nor reads what an earlier one left

@@ -1,6 +1,6 @@
 """Headrace's own arms: the scheduler as a PyTorch dataset with everything on that a training run has on.
 
-240 lanes, shuffled chunks and documents, a journal on disk, packing with document boundaries, a SHA-256 for every
+Lanes, shuffled chunks and documents, a journal on disk, packing with document boundaries, a SHA-256 for every
 sequence, the loader thread with its default depth, `state_dict()` every 50 steps. The result has the SHA-256 over all
 sequences' digests: two runs of an arm must agree on it.
 """

@@ -53,12 +53,15 @@ def read_blocks(blocks: Iterable[Block], extractor: Extractor) -> Records:
     rows: list[dict[str, Any] | str] = []
     for number, data, problem in blocks:
         records.blocks.append((len(rows), number))
-        for line in (data.removeprefix(BOM) if number == 0 else data).split(b"\n"):
+        for line in views(data, len(BOM) if number == 0 and data.startswith(BOM) else 0):
             if len(line) > extractor.max_bytes:
                 rows.append(extractor.too_long(len(line)))
-            elif line and not line.isspace():
-                records.size += len(line)
-                rows.append(parse(line))
+                continue
+            row = parse(line)
+            if isinstance(row, str) and bytes(line).isspace():
+                continue
+            records.size += len(line)
+            rows.append(row)
         if problem is not None:
             rows.append(problem)
     if extractor.is_plain:
@@ -68,7 +71,19 @@ def read_blocks(blocks: Iterable[Block], extractor: Extractor) -> Records:
     return records
 
 
-def parse(line: bytes) -> dict[str, Any] | str:
+def views(data: bytes, at: int = 0) -> Iterator[memoryview]:
+    """The lines from byte `at` on that are not empty, without their newlines; splitting would copy all of the text."""
+    whole = memoryview(data)
+    while at < len(data):
+        end = data.find(b"\n", at)
+        if end < 0:
+            end = len(data)
+        if end > at:
+            yield whole[at:end]
+        at = end + 1
+
+
+def parse(line: bytes | memoryview) -> dict[str, Any] | str:
     """The object in a line, or the reason why there is none."""
     try:
         value = orjson.loads(line)

@@ -1,7 +1,7 @@
 """What reading a unit gives: documents, and for everything else the reason why it is none."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ class MarkedText(NamedTuple):
         return "".join(text for text, _ in self.pieces)
 
 
-Document = str | MarkedText | npt.NDArray[np.uint32]
+Document = str | MarkedText | npt.NDArray[np.unsignedinteger[Any]]
 """Text, or token ids of data that was tokenized before."""
 
 

@@ -4,14 +4,16 @@ Heavy packages (torch, megatron-core) are imported inside the commands that need
 data commands start in a fraction of a second.
 """
 
+import errno
 import sys
 from importlib.metadata import entry_points
+from typing import Any, NoReturn
 
 import typer
 
 from headrace.errors import ExitCode, HeadraceError
 from headrace.version import __version__
-from pretrain.cli import config, convert, ctl, data, doctor, report, tokenizer, train
+from pretrain.cli import config, convert, ctl, data, doctor, mix, report, tokenizer, train
 
 app = typer.Typer(
     name="headrace",
@@ -29,6 +31,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(config.app, name="config")
 app.add_typer(convert.app, name="convert")
+app.add_typer(mix.app, name="mix")
 for plugin in sorted(entry_points(group="headrace.commands"), key=lambda entry: entry.name):
     app.add_typer(plugin.load(), name=plugin.name)
 
@@ -45,23 +48,41 @@ def _root(
 ) -> None: ...
 
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Base of what typer raises for a wrong command line; it lives in click or in typer itself, by typer's version."""
+
+_THEIRS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
+    | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+)
+"""What goes wrong with a disk or a path is the user's to mend; any other OSError is our bug and keeps its traceback."""
+
+
 def main() -> None:
-    """Run the command line; a HeadraceError becomes one line on stderr and its exit code."""
+    """Run the command line; a mistake of the user becomes one line on stderr and its exit code."""
     try:
-        app()
+        code = app(prog_name="headrace", standalone_mode=False)
     except HeadraceError as error:
-        sys.stderr.write(f"headrace: error: {error}\n")
-        sys.exit(int(error.exit_code))
+        _fail(str(error), int(error.exit_code))
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(int(ExitCode.USER_ERROR))
+        command = error.ctx.command_path if error.ctx else "headrace"
+        _fail(f"{error.format_message()} (see `{command} --help`)", int(ExitCode.USER_ERROR))
     except KeyboardInterrupt:
-        sys.stderr.write("headrace: interrupted\n")
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
         sys.exit(int(ExitCode.DONE))
     except OSError as error:
-        # A full disk or a read-only folder is the user's to mend; everything else keeps its traceback.
-        import errno
-
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in _THEIRS:
             raise
-        sys.stderr.write(f"headrace: error: {error.filename or 'write'}: {error.strerror}\n")
-        sys.exit(int(ExitCode.USER_ERROR))
+        _fail(f"{error.filename or 'write'}: {error.strerror}", int(ExitCode.USER_ERROR))
+    if code == 130:
+        sys.stderr.write("headrace: interrupted\n")
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"headrace: error: {' '.join(message.splitlines())}\n")
+    sys.exit(code)

@@ -107,6 +107,7 @@ def replay(
         print(batch.step, found, flush=True)
         if before not in (None, found):
             differing.append(batch.step)
+    _say_if_untrained(run, last)
     if differing:
         raise DataError(
             f"{run}: {len(differing)} of the steps {steps} are not what was trained on, the first is {differing[0]}; "
@@ -126,6 +127,7 @@ def trace(
     from data_scheduler.replay import trace as trace_step
 
     documents = trace_step(run, step, slot)
+    _say_if_untrained(run, step)
     if as_json:
         for document in documents:
             print(json.dumps({"step": step, **document._asdict()}, ensure_ascii=False))
@@ -166,6 +168,7 @@ def ledger(
     from data_scheduler.replay import ledger as run_ledger
 
     at, rows = run_ledger(run, step)
+    _say_if_untrained(run, at - 1)
     if as_json:
         print(json.dumps({"step": at, "sources": [row._asdict() for row in rows]}))
         return
@@ -184,6 +187,17 @@ def ledger(
             ", ".join(f"{count:,}" for count in row.documents_seen),
         )
     Console().print(table)
+
+
+def _say_if_untrained(run: Path, step: int) -> None:
+    """A note when `metrics.jsonl` ends before `step`: the journal fixes that step too, until the plan is changed."""
+    from data_scheduler.replay import recorded_hashes
+
+    trained = max(recorded_hashes(run), default=step)
+    if step > trained:
+        sys.stderr.write(
+            f"headrace: note: {run} has trained steps 0 to {trained}; later ones are shown as its plan stands now\n"
+        )
 
 
 def _printable(text: str) -> str:

@@ -43,7 +43,9 @@ def simulate(
     if number is None:
         raise ConfigError(f"{config} has no train.steps; give --steps N")
     recorded = None if losses is None else _recorded(losses, [source.name for source in data.sources])
-    DryRun(data, losses=recorded)  # says what is wrong with policy and weights before any file is looked at
+    DryRun(
+        data, losses=recorded, run_steps=number
+    )  # says what is wrong with policy and weights before any file is looked at
     simulation = simulate_steps(data, estimate_sources(data), number, recorded)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

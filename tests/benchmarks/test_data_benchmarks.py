@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.loading import corpus
+from data_scheduler.policies import BUILT_IN
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -72,6 +73,17 @@ def test_soak_compares_resumed_batches(work: Path) -> None:
     assert [one["sequences"] for one in result["resume"]] == [960]
     assert all(one["same_batches"] for one in result["resume"])
     assert result["memory"]["points"][-1]["sequences"] == result["memory"]["sequences"] > 0
+
+
+def test_policies_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    shown = run("policy_overhead.py", "--steps", "30", "--out", str(out))
+    result = json.loads(out.read_text())
+    assert result["latency_steps"] == {"odm": result["horizon"]}
+    for sources in result["sources"].values():
+        assert set(sources["policies"]) == set(BUILT_IN)
+        assert all(policy["decision_us"] <= policy["dearest_us"] for policy in sources["policies"].values())
+    assert "of a data step" in shown
 
 
 def test_scale_plans_and_deals(tmp_path: Path) -> None:

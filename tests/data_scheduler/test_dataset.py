@@ -66,7 +66,7 @@ def test_yaml_files_of_a_run_or_of_data_alone(data_config: Make, tmp_path: Path,
     path.write_text(yaml.safe_dump({"data": data | {"seqlen": 4}}))
     with pytest.raises(ConfigError, match="seqlen"):
         DataScheduler.from_config(path)
-    with pytest.raises(ConfigError, match=r"none.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"none.yaml: file not found"):
         DataScheduler.from_config(tmp_path / "none.yaml")
 
 

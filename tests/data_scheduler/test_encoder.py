@@ -188,6 +188,23 @@ def test_several_threads_may_encode_at_once(fast: GigatokenEncoder) -> None:
         assert np.array_equal(offsets, bounds)
 
 
+def test_what_the_fast_encoder_remembers_is_let_go(
+    tmp_path: Path, reference: HuggingFaceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_module, "REMADE_BYTES", 10_000)
+    encoder = load_encoder(save_tokenizer(tmp_path))
+    assert isinstance(encoder, GigatokenEncoder)
+    tokenizers = []
+    texts = [text[at : at + 1500] for text in TEXTS for at in range(0, len(text), 1500)]
+    for text in texts:
+        assert encoder.encode(text).tolist() == reference.encode(text).tolist()
+        tokenizers.append(encoder.tokenizer)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(encoder.encode, texts))
+    assert all((tokens == reference.encode(text)).all() for text, tokens in zip(texts, found, strict=True))
+    assert len({id(tokenizer) for tokenizer in tokenizers}) > 1
+
+
 def test_falls_back_with_one_warning_when_the_fast_encoder_does_not_know_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

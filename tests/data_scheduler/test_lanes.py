@@ -8,7 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_scheduler.mixture import Mixer, quantize, slots
-from data_scheduler.order import lanes_of
+from data_scheduler.order import GOLDEN, lanes_of
+
+
+def plain_lanes_of(first: int, batch: int, lanes: int) -> list[int]:
+    """The rule in its own words, a sequence at a time."""
+    unit = math.gcd(batch, lanes)
+    blocks, taken = lanes // unit, []
+    for sequence in range(first, first + batch):
+        group, within = divmod(sequence, unit)
+        rounds, place = divmod(group, blocks)
+        begun = blocks * (rounds * GOLDEN % (1 << 64) >> 32) >> 32
+        taken.append((place + begun) % blocks * unit + within)
+    return taken
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.one_of(st.integers(0, 5000), st.integers(0, 1 << 50)))
+def test_lanes_are_those_of_the_plain_rule(batch: int, lanes: int, first: int) -> None:
+    assert lanes_of(first, batch, lanes).tolist() == plain_lanes_of(first, batch, lanes)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 50))
@@ -37,7 +54,7 @@ def test_it_is_the_same_on_every_machine() -> None:
 @pytest.mark.parametrize(
     ("lanes", "batch", "weights"),
     [
-        (240, 4, [0.45, 0.33, 0.10, 0.06, 0.06]),  # recipes/quickstart.yaml
+        (240, 4, [0.45, 0.33, 0.10, 0.06, 0.06]),  # four sequences a step over many lanes
         (240, 24, [0.5, 0.25, 0.25]),
         (240, 8, [0.975, 0.025]),
         (60, 7, [0.9, 0.1]),

@@ -1,10 +1,12 @@
+import math
 from fractions import Fraction
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_scheduler.mixture import ONE, Mixer, quantize, slots
+from data_scheduler.mixture import FEW_SLOTS, ONE, Mixer, quantize, slots
+from data_scheduler.order import permutation
 
 weight = st.one_of(st.just(0.0), st.floats(1e-6, 1.0), st.floats(1e-12, 1e-6))
 weights = st.lists(weight, min_size=1, max_size=12).filter(lambda values: sum(values) > 0)
@@ -80,6 +82,67 @@ def test_the_counterexample_of_the_decision_record() -> None:
     shares = np.where(first == 0, ONE // 2, 0)
     mixer.counts(shares, 1)
     assert np.abs(mixer.owed).max() == ONE  # exactly 1: not under it, and no rule could do better
+
+
+def plain_counts(owed: np.ndarray, shares: np.ndarray, batch: int) -> tuple[list[int], list[int]]:
+    """(counts, owed afterwards) by the rule's own words; `Mixer.counts` must give the same."""
+    targets = [before + share * batch for before, share in zip(owed.tolist(), shares.tolist(), strict=True)]
+    counts = [max(target // ONE, 0) for target in targets]
+
+    def deadline(source: int) -> tuple[bool, float, int, int]:
+        share, target, over = int(shares[source]), targets[source], targets[source] - counts[source] * ONE
+        room = over > 0 and target > 0
+        due = float(ONE - over) / (float(share) * batch) if room and share > 0 else math.inf
+        return not room, due, -target, source
+
+    first = sorted(range(len(targets)), key=deadline)
+    for turn in range(batch - sum(counts)):
+        counts[first[turn % len(first)]] += 1
+    while sum(counts) > batch:
+        counts[max((s for s in range(len(counts)) if counts[s]), key=lambda s: counts[s] * ONE - targets[s])] -= 1
+    return counts, [target - count * ONE for target, count in zip(targets, counts, strict=True)]
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 10), st.integers(1, 20), st.integers(1, 100))
+def test_counts_are_those_of_the_plain_rule(data: st.DataObject, sources: int, steps: int, batch: int) -> None:
+    mixer = Mixer(sources)
+    for _ in range(steps):
+        shares = as_shares(data.draw(st.lists(weight, min_size=sources, max_size=sources).filter(lambda v: sum(v) > 0)))
+        expected = plain_counts(mixer.owed, shares, batch)
+        assert (mixer.counts(shares, batch).tolist(), mixer.owed.tolist()) == expected
+
+
+def plain_slots(counts: list[int], asked: np.ndarray, lanes: np.ndarray, *key: int) -> list[int]:
+    """The rule of `slots` in its own words, a slot at a time."""
+    left = permutation(len(lanes), "slots", *key).tolist()
+    laid_out = [-1] * len(left)
+    for source in sorted(range(len(counts)), key=lambda source: (counts[source], source)):
+        before = {slot: (int(asked[lanes[slot], source]), place) for place, slot in enumerate(left)}
+        for slot in sorted(left, key=before.__getitem__)[: counts[source]]:
+            laid_out[slot] = source
+            left.remove(slot)
+    for slot, source in enumerate(laid_out):
+        asked[lanes[slot], source] += 1
+    return laid_out
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(0, 3), st.integers(0, FEW_SLOTS)), min_size=1, max_size=9).filter(any),
+    st.integers(1, 2 * FEW_SLOTS),
+    st.integers(0, 1 << 32),
+    st.sampled_from([1, 3, 40, 1 << 20]),
+)
+def test_slots_are_those_of_the_plain_rule(counts: list[int], lanes: int, seed: int, apart: int) -> None:
+    """With few slots and with many, lanes that come twice, and lanes that were asked alike or far apart."""
+    rng = np.random.default_rng(seed)
+    asked = rng.integers(0, apart, (lanes, len(counts))).astype(np.int32)
+    taken = (rng.integers(lanes) + np.arange(sum(counts))) % lanes
+    expected = asked.copy()
+    plain = plain_slots(counts, expected, taken, 7, 1)
+    assert slots(np.array(counts), asked, taken, 7, 1).tolist() == plain
+    assert (asked == expected).all()
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=9).filter(any), st.integers(0, 99), st.integers(1, 40))

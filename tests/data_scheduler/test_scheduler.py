@@ -153,7 +153,7 @@ class Chaser:
 
     uses_feedback = True
 
-    def __init__(self, initial: Mapping[str, float]) -> None:
+    def __init__(self, initial: Mapping[str, Any]) -> None:
         self._names = list(initial)
         self._latest: dict[str, float] = {}
         self.heard: list[int] = []
@@ -176,7 +176,9 @@ class Chaser:
 def test_feedback_shapes_later_steps_the_same_way_after_a_stop(
     data_config: Make, monkeypatch: pytest.MonkeyPatch, prefetch: int
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "make_policy", lambda kind, options, initial: Chaser(initial))
+    monkeypatch.setattr(
+        scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names))
+    )
 
     def go(scheduler: Scheduler, first: int, last: int) -> list[str]:
         hashes = []
@@ -205,7 +207,9 @@ def test_feedback_shapes_later_steps_the_same_way_after_a_stop(
 
 
 def test_horizon_must_pass_prefetch(data_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "make_policy", lambda kind, options, initial: Chaser(initial))
+    monkeypatch.setattr(
+        scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names))
+    )
     with pytest.raises(ConfigError, match="horizon"):
         Scheduler(data_config(prefetch=8))
 
@@ -266,6 +270,27 @@ def test_a_run_keeps_its_identity(
         Scheduler(data_config(**json.loads(text)), run_dir=tmp_path)
 
 
+@pytest.mark.parametrize(("batch", "lanes"), [(8, 8), (240, 240), (480, 240), (1024, 128), (241, 1), (1, 1)])
+def test_as_many_lanes_as_the_batch_has_sequences(data_config: Make, batch: int, lanes: int) -> None:
+    asked = data_config(global_batch_size=batch).model_dump(exclude={"lanes"})
+    assert DataConfig.model_validate(asked).lanes == lanes
+
+
+def test_a_run_keeps_the_lanes_it_began_with(data_config: Make, tmp_path: Path) -> None:
+    def config(batch: int) -> DataConfig:
+        asked = data_config(global_batch_size=batch).model_dump(exclude={"lanes", "chunk_bytes"})
+        return DataConfig.model_validate(asked)
+
+    first = Scheduler(config(8), run_dir=tmp_path)
+    next(first)
+    again = Scheduler(config(16), run_dir=tmp_path)
+    again.load_state_dict(first.state_dict())
+    assert next(again).tokens.shape[0] == 16
+    assert again.config.lanes == 8
+    with pytest.raises(LayoutError, match=r"must divide data.lanes \(8\)"):
+        Scheduler(config(16), run_dir=tmp_path, dp_rank=0, dp_size=16)
+
+
 def test_a_changed_or_lost_file_is_named_on_resume(data_config: Make, corpus: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a.jsonl"
     copy.write_bytes((corpus / "a" / "0.jsonl").read_bytes())
@@ -317,7 +342,7 @@ def test_layouts_that_do_not_divide_are_refused_with_the_nearest(data_config: Ma
     ("content", "error", "message"),
     [
         (None, ConfigError, "source 'x': no file at"),
-        (b"", DataError, "all 1 files are empty"),
+        (b"", ConfigError, "all 1 files are empty"),
         (b"\n\n", DataError, "too few"),
     ],
 )

@@ -117,6 +117,31 @@ def test_a_policy_that_listens_is_told_losses(data_config: Make, listening: None
     assert any("end at step 18" in note for note in told.notes)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"kind": "proportional"},
+        {"kind": "unimax", "options": {"max_epochs": 2.0}},
+        {"kind": "schedule", "options": {"stages": [{"from_share": 0.5, "weights": {"b": 1.0}}], "shape": "linear"}},
+        {"kind": "odm", "options": {"warmup_steps": 5}, "guard": {"max_change": 0.02, "min_share": 0.05}},
+    ],
+    ids=lambda policy: policy["kind"],
+)
+def test_sizes_lengths_and_guard_rails_are_those_of_the_run(
+    data_config: Make, policy: dict[str, Any], tmp_path: Path
+) -> None:
+    config = data_config(policy=policy | {"horizon": 3}, global_batch_size=7, lanes=24)
+    simulation = simulate(config, estimate_sources(config), 40)
+    scheduler = Scheduler(config, run_steps=40)
+    drawn = np.zeros(4, np.int64)
+    for step in range(40):
+        counts = np.bincount(next(scheduler).source_ids, minlength=4)
+        drawn += counts
+        given = [name for name, count in zip("abcd", counts, strict=True) if count]
+        scheduler.feedback(step, dict.fromkeys(given, FLAT_LOSS), dict.fromkeys(given, 64))
+    assert [source.sequences for source in simulation.sources] == drawn.tolist()
+
+
 # -- sources that end ------------------------------------------------------------------------------------------------
 
 

@@ -137,3 +137,34 @@ class FakeSlurm:
                 return process.returncode, restarts + 1, output
             assert process.returncode == -signal.SIGTERM
         raise AssertionError(f"still requeued after {at_most} runs:\n{output}")
+
+
+def parse_directives(script: str) -> dict[str, str]:
+    """Options as sbatch 22.05 reads them: a space ends a word unless quoted, a backslash escapes all but a space, `#`
+    at the start of a word ends the line."""
+    found = {}
+    for line in script.splitlines():
+        if not line.startswith("#SBATCH"):
+            continue
+        rest, words = line.removeprefix("#SBATCH").lstrip(), []
+        while rest and not rest.startswith("#"):
+            word, quote, escaped, at = "", "", False, 0
+            while at < len(rest) and (quote or not rest[at].isspace()):
+                character = rest[at]
+                if escaped:
+                    word, escaped = word + character, False
+                elif character == "\\":
+                    escaped = True
+                elif quote and character == quote:
+                    quote = ""
+                elif not quote and character in "\"'":
+                    quote = character
+                else:
+                    word += character
+                at += 1
+            assert not quote, line
+            words, rest = [*words, word], rest[at:].lstrip()
+        assert len(words) == 1, line
+        name, _, value = words[0].removeprefix("--").partition("=")
+        found[name] = value
+    return found

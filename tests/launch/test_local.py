@@ -101,21 +101,6 @@ def test_a_run_that_was_asked_to_stop_is_not_restarted(tmp_path: Path) -> None:
     assert (tmp_path / "ready").read_text() == "xx"
 
 
-CONFIG = """
-run: {dir: RUN}
-model: {family: llama, num_layers: 4, hidden_size: 64, num_attention_heads: 4, ffn_hidden_size: 128}
-data: {tokenizer: t.json, sources: [{name: a, paths: [a.jsonl]}], seq_len: 64, global_batch_size: 8, lanes: 8}
-train: {steps: 2}
-"""
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(CONFIG.replace("RUN", str(tmp_path / "run")))
-    return path
-
-
 def test_layouts_that_do_not_fit_are_refused_before_anything_starts(config: Path) -> None:
     assert checked_config(config, ["train.steps=7"], 8).train.steps == 7
     with pytest.raises(LayoutError, match="3 processes"):
@@ -124,7 +109,9 @@ def test_layouts_that_do_not_fit_are_refused_before_anything_starts(config: Path
         launch_local(config, [], 16, 0)
     with pytest.raises(ConfigError, match="--nproc"):
         launch_local(config, [], 0, 0)
-    assert not (config.parent / "run").exists()
+    with pytest.raises(ConfigError, match="--max-restarts: at least 0, got -1"):
+        launch_local(config, [], 1, -1)
+    assert not (config.parent / "runs").exists()
 
 
 def test_the_trainer_is_started_as_a_module_with_the_overrides(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,4 +126,4 @@ def test_the_trainer_is_started_as_a_module_with_the_overrides(config: Path, mon
     assert seen["command"] == [
         *(sys.executable, "-m", "pretrain", "train", str(config), "train.steps=3", "run.name=a b")
     ]
-    assert (seen["nproc"], seen["run_dir"], seen["max_restarts"]) == (2, config.parent / "run", 5)
+    assert (seen["nproc"], seen["run_dir"], seen["max_restarts"]) == (2, Path("runs/mill"), 5)

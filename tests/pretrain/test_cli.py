@@ -89,6 +89,10 @@ def test_train_replay_trace_ledger(headrace: Headrace, config: Path, tmp_path: P
     (run / "metrics.jsonl").write_text(metrics.replace(hashes[1], "0" * 64))
     one_line(headrace("data", "replay", run, "--steps", "0:2", "--sha256"), 3, "the first is 1")
     (run / "metrics.jsonl").write_text(metrics)
+    for ahead in (["replay", run, "--steps", "2:3"], ["trace", run, "--step", 3], ["ledger", run, "--step", 4]):
+        code, output = headrace("data", *ahead)
+        assert code == 0
+        assert "has trained steps 0 to 2; later ones are shown as its plan stands now" in output
     code, output = headrace("data", "trace", run, "--step", 1, "--text")
     assert code == 0
     assert output.count("== slot") >= 4
@@ -101,7 +105,8 @@ def test_train_replay_trace_ledger(headrace: Headrace, config: Path, tmp_path: P
     assert code == 0
     assert sum(source["tokens"] for source in json.loads(output)["sources"]) == 3 * 4 * 17
     for command in (["ledger"], ["trace", "--step", "0"]):
-        assert headrace("data", command[0], run, *command[1:])[0] == 0
+        code, output = headrace("data", command[0], run, *command[1:])
+        assert (code, "note:" in output) == (0, False)
 
 
 def test_several_processes_are_one_command(headrace: Headrace, config: Path, tmp_path: Path) -> None:
@@ -132,10 +137,45 @@ def test_bad_input_is_one_line_and_code_2(headrace: Headrace, config: Path, tmp_
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_an_empty_source_is_a_data_error(headrace: Headrace, config: Path, tmp_path: Path) -> None:
+def test_an_empty_source_is_one_line(headrace: Headrace, config: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     result = headrace("train", config, f"data.sources.a.paths=[{tmp_path / 'empty.jsonl'}]")
-    one_line(result, 3, "source 'a'", "empty.jsonl")
+    one_line(result, 2, "source 'a'", "empty.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trian"], ("No such command 'trian'", "(see `headrace --help`)")),
+        (["config", "show"], ("Missing argument 'CONFIG'", "(see `headrace config show --help`)")),
+        (["train", "x.yaml", "--nprocs", "3"], ("No such option: --nprocs", "`headrace train --help`")),
+        (["data", "trace", "runs/x", "--step", "-1"], ("'--step'", "greater than or equal to 0")),
+        (["data", "sample", "--out", "FILE"], ("FILE", "Not a directory")),
+        (["data", "sample", "--out", "FILE/deeper"], ("FILE/deeper", "Not a directory")),
+        (["train", "FILE/x.yaml"], ("FILE/x.yaml", "Not a directory")),
+        (["launch", "local", "CONFIG", "--max-restarts", "-1"], ("--max-restarts: at least 0, got -1",)),
+        (["train", "CONFIG", "run.dir=FILE"], ("FILE", "Not a directory")),
+    ],
+)
+def test_wrong_command_lines_are_one_line(
+    headrace: Headrace, config: Path, tmp_path: Path, arguments: list[str], parts: tuple[str, ...]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+
+    def real(word: str) -> str:
+        return word.replace("FILE", str(file)).replace("CONFIG", str(config))
+
+    code, output = headrace(*map(real, arguments))
+    assert code == 2
+    assert len(output.splitlines()) == 1, output
+    one_line((code, output), 2, *(part.replace("FILE", str(file)) for part in parts))
+
+
+def test_a_bare_group_shows_its_help(headrace: Headrace) -> None:
+    code, output = headrace("data")
+    assert code == 2
+    assert "simulate" in output
 
 
 @pytest.mark.parametrize("kilobytes", [16, 64])

@@ -102,7 +102,7 @@ def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     for path, overrides, options, message in (
-        (tmp_path / "none.yaml", [], {}, "config file not found"),
+        (tmp_path / "none.yaml", [], {}, "none.yaml: file not found"),
         (alone, [], {}, "has no train.steps; give --steps N"),
         (alone, ["data.lanez=3"], {}, "did you mean 'lanes'"),
         (config, ["data.policy={kind: schedule, options: {stages: 3}}"], {}, "data.policy.options of 'schedule'"),

@@ -294,9 +294,19 @@ def test_a_damaged_checkpoint_is_named(run_config: Make) -> None:
     run_to_end(config)
     latest = checkpoint.Checkpoints(config.run.dir).latest()
     assert latest is not None
+    longer = run_config("run", train__steps=20)
+    journal = Path(config.run.dir) / "journal.jsonl"
+    events = journal.read_bytes()
+    journal.unlink()
+    expect_one_line(longer, CheckpointError, "has checkpoints but no journal.jsonl; restore the file")
+    assert not journal.exists()
+    journal.write_bytes(events)
+    rng = latest / "rng" / "rank-00000.pt"
+    rng.write_bytes(b"\x80rubbish")
+    expect_one_line(longer, CheckpointError, f"{rng}: cannot be loaded")
     for shard in latest.glob("*.distcp"):
         shard.write_bytes(shard.read_bytes()[:100])
-    expect_one_line(run_config("run", train__steps=20), CheckpointError, f"{latest}: cannot be loaded")
+    expect_one_line(longer, CheckpointError, "if its files are damaged, move the folder of this step away")
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(run_config: Make) -> None:

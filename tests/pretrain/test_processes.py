@@ -89,6 +89,12 @@ def test_every_rank_gets_its_environment(tmp_path: Path) -> None:
     assert (tmp_path / "log" / "rank-2.log").read_text() == "hello from 2\nand on stderr\n"
 
 
+def test_a_mistake_that_rank_0_has_named_is_not_explained_again(tmp_path: Path) -> None:
+    process = launcher(tmp_path, "print('what and where', flush=True); sys.exit(2)", 2, grace_s=0.2)
+    out, _ = process.communicate()
+    assert (process.returncode, out) == (2, "what and where\n")
+
+
 def test_rank_0_writes_to_our_output_and_a_failing_rank_is_explained(tmp_path: Path) -> None:
     body = """
         print(f"line of {rank}", flush=True)

@@ -1,5 +1,6 @@
-"""What a benchmark ran on, and with which versions."""
+"""The result file of a benchmark: the command, the machine and the versions it ran with, then what it measured."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -7,8 +8,30 @@ import platform
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+
+def result_options(parser: argparse.ArgumentParser, result: Path, picture: Path | None = None) -> None:
+    """`--out`, and where there is a picture `--plot` and `--picture`."""
+    parser.add_argument("--out", type=Path, default=result, help="JSON file to write (default: the one in results/)")
+    if picture is not None:
+        parser.add_argument(
+            "--plot", type=Path, metavar="RESULT", help="draw the picture of a result file, measure nothing"
+        )
+        parser.add_argument("--picture", type=Path, default=picture, help="where --plot writes")
+
+
+def circumstances(script: str) -> dict[str, Any]:
+    """How a result came about: `command`, `date`, `machine`."""
+    return {"command": command(script), "date": str(date.today()), "machine": machine()}
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    """Write the JSON file, and the folder it is in."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:
