@@ -100,7 +100,7 @@ class Moody:
 def test_what_a_person_set_holds_against_a_policy_that_keeps_changing_its_mind(
     data_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "make_policy", lambda kind, options, initial: Moody(initial))
+    monkeypatch.setattr(scheduler_module, "open_policy", lambda *about: Moody(about[-1]))
     scheduler = Scheduler(data_config())
     for _ in range(3):
         next(scheduler)
