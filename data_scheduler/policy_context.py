@@ -69,7 +69,7 @@ def run_context(
 
 def tokens_before(shape: Timeline, step: int) -> int:
     """Tokens of the steps before `step`: `seq_len` · `global_batch_size` each, by the batch shapes of a plan."""
-    begins = [begin for begin in shape.steps if begin < step]
+    begins = [begin for begin in shape.turns() if begin < step]
     shapes = [shape.at(begin) for begin in begins]
     return sum(
         (end - begin) * value["seq_len"] * value["global_batch_size"]
