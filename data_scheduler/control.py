@@ -103,7 +103,8 @@ def check_something_left(journal: Journal, decision: Decision, by: str) -> None:
         trial.apply(event)
     trial.apply(Event(len(journal.events), 0.0, decision.step, decision.kind, decision.data, by))
     for step in sorted({decision.step, *(turn for turn in trial.turns() if turn > decision.step)}):
-        out, weights = trial.quarantined(step), trial.mixture.at(step) or {}
+        # Before the first step nothing is decided yet; a policy begins with what is configured.
+        out, weights = trial.quarantined(step), trial.mixture.at(step) or trial.chosen(step).initial
         # A policy that wants nothing else is helped by the configured weights; what a person wants is never bent.
         wanted = math.fsum(weight for name, weight in weights.items() if name not in out)
         person = trial.person_decides(step) is not None

@@ -100,7 +100,7 @@ class Moody:
 def test_what_a_person_set_holds_against_a_policy_that_keeps_changing_its_mind(
     data_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "make_policy", lambda kind, options, initial: Moody(initial))
+    monkeypatch.setattr(scheduler_module, "open_policy", lambda *about: Moody(about[-1]))
     scheduler = Scheduler(data_config())
     for _ in range(3):
         next(scheduler)
@@ -288,6 +288,16 @@ def test_what_would_leave_nothing_is_refused(data_config: Make) -> None:
     with pytest.raises(RefusedError, match="at step 50 no source with a weight would be left"):
         check_something_left(scheduler.journal, decide_quarantine(NAMES, "a", scheduler.plan, 1), "user:ada")
     check_something_left(scheduler.journal, decide_quarantine(NAMES, "b", scheduler.plan, 1), "user:ada")
+
+
+def test_a_run_may_be_changed_before_its_first_step(data_config: Make) -> None:
+    scheduler = Scheduler(data_config())
+    for decision in (Decision("stop_at", 0, {"value": 4}), decide_quarantine(NAMES, "a", scheduler.plan, 0)):
+        check_something_left(scheduler.journal, decision, "user:ada")
+        scheduler.take(named(decision), "user:ada")
+    assert shares(scheduler)[0] == 0
+    with pytest.raises(RefusedError, match="at step 1 no source"):
+        check_something_left(scheduler.journal, mix(scheduler, {"a": 1.0}), "user:ada")
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": -1.0}, {"a": float("nan")}, {"a": float("inf")}, {"z": 1.0}])
