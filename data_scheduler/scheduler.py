@@ -48,7 +48,7 @@ from data_scheduler.sequences import BoolArray, Int32
 from data_scheduler.source import SourceReader
 from data_scheduler.state import EXHAUSTED, State, Touched
 from data_scheduler.unit_cache import UnitCache
-from headrace.errors import ConfigError, DataError, LayoutError
+from headrace.errors import ConfigError, DataError, HeadraceError, LayoutError
 from headrace.version import __version__
 
 
@@ -271,18 +271,27 @@ class Scheduler:
         continued.load_state_dict(self.state_dict())
         return continued
 
-    def try_policy(self, kind: str, options: Mapping[str, Any], new: Mapping[str, float] | None = None) -> None:
-        """Raise ConfigError when a policy cannot be used from here on; `new`: weights of sources that join with it.
+    def try_policy(
+        self, kind: str, options: Mapping[str, Any], joining: tuple[SourceConfig, Manifest] | None = None
+    ) -> None:
+        """Raise ConfigError when a policy cannot be used from here on; `joining`: a source that joins with it.
 
-        Without `new` it is one that starts afresh; with it, one that goes on from the policy of the next step.
+        Without `joining` it is one that starts afresh; with it, one that goes on from the policy of the next step.
         """
-        initial = {**self.plan.chosen(self.next_step).initial, **(new or {})}
-        policy = self._made_policy(kind, options, initial)
-        policy.load_state_dict(self._consumed.policy if new else {})
-        names = [*self.names, *(new or {})]
+        initial, config, context = dict(self.plan.chosen(self.next_step).initial), self.config, self._context
+        if joining is not None:
+            source, manifest = joining
+            initial[source.name] = source.weight
+            config = config.model_copy(update={"sources": [*config.sources, source]})
+            manifests = {reader.config.name: reader.manifest for reader in self.readers} | {source.name: manifest}
+            context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, self._run_steps)
         try:
-            quantize(policy.weights(self.next_step, []), names)
-        except ConfigError:
+            policy = open_policy(config, context, kind, options, initial)
+            if policy.uses_feedback:
+                self._check_horizon()
+            policy.load_state_dict({} if joining is None else self._consumed.policy)
+            quantize(policy.weights(self.next_step, []), [source.name for source in config.sources])
+        except HeadraceError:
             raise
         except Exception as error:
             raise ConfigError(f"policy {kind!r} cannot go on from here: {type(error).__name__}: {error}") from None

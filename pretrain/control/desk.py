@@ -196,12 +196,12 @@ def _added_source(command: ask.AddSource, stand: Stand) -> tuple[list[Decision],
     horizon, prefetch = scheduler.config.policy.horizon, scheduler.config.prefetch
     if (source.watch or source.max_epochs) and horizon <= prefetch:
         raise RefusedError(f"data.policy.horizon: {horizon} must be larger than data.prefetch ({prefetch})")
+    manifest = Manifest.take(source, LayoutIndex(scheduler.config.cache_folder() / "index.sqlite"))
     chosen = scheduler.plan.chosen(scheduler.next_step)
     try:
-        scheduler.try_policy(chosen.kind, chosen.options, {source.name: source.weight})
+        scheduler.try_policy(chosen.kind, chosen.options, (source, manifest))
     except ConfigError as error:
         raise RefusedError(f"the policy in force does not take a new source: {error}; use set-policy first") from None
-    manifest = Manifest.take(source, LayoutIndex(scheduler.config.cache_folder() / "index.sqlite"))
     # In this order: a source is of the run from `source_added` on, and then needs its files.
     step = scheduler.next_step
     added = Decision("source_added", step, {"source": source.model_dump(mode="json")})
