@@ -219,6 +219,29 @@ def test_a_source_that_joins_is_the_same_live_and_after_a_restart_before_it(data
     assert [batch_sha256(batch.digests) for batch in replay(tmp_path / "run", 0, 15)] == live
 
 
+@pytest.mark.parametrize("kind", ["static", "proportional", "temperature", "odm", "ado", "mastery"])
+def test_a_source_may_join_under_any_policy(data_config: Make, tmp_path: Path, kind: str) -> None:
+    config = data_config(prefetch=2, policy={"kind": kind})
+    (tmp_path / "e.jsonl").write_bytes(jsonl(make_documents("e", 100, 0)))
+    source = config.sources[0].model_copy(update={"name": "e", "paths": [str(tmp_path / "e.jsonl")], "weight": 0.5})
+    scheduler = Scheduler(config, run_steps=100)
+    drawn = 0
+    for step in range(24):
+        if step == 12:
+            manifest = scheduler_module.Manifest.take(source)
+            scheduler.try_policy(kind, {}, (source, manifest))
+            scheduler.take(Decision("manifest", 12, manifest.to_data()), "system")
+            added = Decision("source_added", 12, {"source": source.model_dump(mode="json")})
+            scheduler.take(named(added), "user:ada")
+            scheduler = scheduler.with_source(source)
+        batch = next(scheduler)
+        drawn += int((batch.source_ids == 4).sum())
+        names = scheduler.names
+        scheduler.feedback(step, dict.fromkeys(names, 3.0), dict.fromkeys(names, 10))
+    scheduler.close()
+    assert drawn > 12
+
+
 # -- quarantine ------------------------------------------------------------------------------------------------------
 
 
