@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data_scheduler import expression
 from data_scheduler.mixture import ONE
 from data_scheduler.template import template_parts
+from headrace.errors import ConfigError
 
 
 class StrictModel(BaseModel):
@@ -231,3 +232,20 @@ def share_bounds(config: DataConfig) -> tuple[list[int], list[int]]:
         low.append(math.floor(least * ONE))
         high.append(math.ceil((guard.max_share if source.max_share is None else source.max_share) * ONE))
     return low, high
+
+
+def check_horizon(data: DataConfig, listens: bool) -> None:
+    """Raise ConfigError when what training reports would come too late for the step that it is to shape.
+
+    `listens`: whether a policy hears reports. They are waited for, which would never end if training waited for that
+    step: horizon > prefetch. That files joined or a limit was reached is not waited for, so its step must be one that
+    no rank can have begun; besides the `prefetch` steps that are ready one more may be in the making.
+    """
+    horizon, ahead, what = data.policy.horizon, data.prefetch, "data.prefetch"
+    if any(source.watch or source.max_epochs for source in data.sources):
+        if data.prefetch:
+            ahead, what = ahead + 1, "data.prefetch + 1, for sources with watch or max_epochs"
+    elif not listens:
+        return
+    if horizon <= ahead:
+        raise ConfigError(f"data.policy.horizon: {horizon} must be larger than {ahead} ({what})")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_scheduler.assumed_losses import AssumedLosses, FlatLosses
-from data_scheduler.config import DataConfig
+from data_scheduler.config import DataConfig, check_horizon
 from data_scheduler.journal import Journal
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
 from data_scheduler.order import GOLDEN, Int64, lanes_of
@@ -23,7 +23,6 @@ from data_scheduler.policies.context import Context, SourceSize
 from data_scheduler.policies.guard import open_policy
 from data_scheduler.policy_context import tokens_before
 from data_scheduler.timeline import Entry, Timeline
-from headrace.errors import ConfigError
 
 UNLIMITED = 1 << 62
 
@@ -76,10 +75,7 @@ class DryRun:
         self._policy = open_policy(config, context)
         self.listens = self._policy.uses_feedback
         """Whether the policy looks at losses."""
-        if (self.listens or any(s.max_epochs for s in config.sources)) and config.policy.horizon <= config.prefetch:
-            raise ConfigError(
-                f"data.policy.horizon: {config.policy.horizon} must be larger than data.prefetch ({config.prefetch})"
-            )
+        check_horizon(config, self.listens)
         self._losses = losses or FlatLosses(self.names)
         self.journal = Journal()
         self.plan = Plan(self.journal)

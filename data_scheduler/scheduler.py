@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_scheduler.batch import Batch, RejectedRecord, Segments
-from data_scheduler.config import DataConfig, SourceConfig
+from data_scheduler.config import DataConfig, SourceConfig, check_horizon
 from data_scheduler.control import Decision, settle
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import beginning, check_same_run, sample_texts, settled
@@ -134,8 +134,6 @@ class Scheduler:
         self._watches_itself = dp_size == 1 if watch is None else watch
         self._last_look: dict[str, dict[str, File]] = {}
         self._grown: dict[str, list[Growth]] = {}
-        if self._watched or any(source.max_epochs for source in config.sources):
-            self._check_horizon()
         self._new_packer = PACKERS[config.packing]
         self._consumed = State.fresh(config.lanes, self.names)
         self._reported: dict[int, Feedback] = {}
@@ -287,8 +285,7 @@ class Scheduler:
             context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, self._run_steps)
         try:
             policy = open_policy(config, context, kind, options, initial)
-            if policy.uses_feedback:
-                self._check_horizon()
+            check_horizon(config, policy.uses_feedback)
             policy.load_state_dict({} if joining is None else self._consumed.policy)
             quantize(policy.weights(self.next_step, []), [source.name for source in config.sources])
         except HeadraceError:
@@ -541,14 +538,8 @@ class Scheduler:
 
     def _made_policy(self, kind: str, options: Mapping[str, Any], initial: Mapping[str, float]) -> Policy:
         policy = open_policy(self.config, self._context, kind, options, initial)
-        if policy.uses_feedback:
-            self._check_horizon()
+        check_horizon(self.config, policy.uses_feedback)
         return policy
-
-    def _check_horizon(self) -> None:
-        horizon, prefetch = self.config.policy.horizon, self.config.prefetch
-        if horizon <= prefetch:
-            raise ConfigError(f"data.policy.horizon: {horizon} must be larger than data.prefetch ({prefetch})")
 
     def _feedback_for(self, step: int) -> list[Feedback]:
         """Reports up to step − horizon that the policy has not heard yet; waits for them while training catches up."""

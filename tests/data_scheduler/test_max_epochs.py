@@ -136,4 +136,5 @@ def test_when_everything_was_seen_the_run_says_so(capped: Make) -> None:
 
 def test_the_horizon_must_pass_prefetch(capped: Make) -> None:
     with pytest.raises(ConfigError, match="horizon"):
-        Scheduler(capped(prefetch=8))
+        Scheduler(capped(prefetch=7))  # 7 steps ready, one in the making, the limit from the 8th on
+    Scheduler(capped(prefetch=6)).close()
