@@ -189,7 +189,7 @@ def check(records: Records) -> None:
         if isinstance(document, str):
             document.encode()
         else:
-            assert document.dtype == np.uint32
+            assert document.dtype in (np.uint16, np.uint32)
             assert document.ndim == 1
             assert not len(document) or int(document.max()) < VOCABULARY
 

@@ -87,7 +87,7 @@ def test_a_table_for_people_and_copies_that_do_not_fit(config: Path, tmp_path: P
 
 def test_bad_input_is_one_line(config: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        ((tmp_path / "none.yaml",), "config file not found"),
+        ((tmp_path / "none.yaml",), "file not found"),
         ((config, "data.lanez=3"), "did you mean 'lanes'"),
         ((config, "data.sources.rows.paths=[/nowhere/at/all]"), "source 'rows': no file at /nowhere/at/all"),
     ):
