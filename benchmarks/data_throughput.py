@@ -101,7 +101,7 @@ ARMS = [
     Arm("mosaic", "mosaicml-streaming MDS", "tokens", "peers:mosaic", "mosaic"),
     _ours("ours_best_fit", "best-fit packing", "variant", "jsonl.zst", packing="best_fit"),
     _ours("ours_no_thread", "without the loader thread", "variant", "jsonl.zst", prefetch=0),
-    _ours("ours_lanes_240", "240 lanes", "variant", "jsonl.zst", lanes=240),
+    _ours("ours_lanes_24", "24 lanes", "variant", "jsonl.zst", lanes=24),
     _ours("ours_batch_256", "256 sequences a step", "variant", "jsonl.zst", batch=256),
     _ours("ours_seq_4096", "64 sequences of 4,096 a step", "variant", "jsonl.zst", seq_len=4096, batch=64),
     Arm("floor_decompress", "decompress .zst", "floor", "floors:decompress", once=True),

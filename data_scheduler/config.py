@@ -128,9 +128,11 @@ class PolicyConfig(StrictModel):
 
 
 def default_lanes(data: Mapping[str, Any]) -> int:
-    """Lanes for the `global_batch_size` in `data`: as few as allow every data-parallel size up to MOST_LANES that the
-    batch allows. More would cut small sources finer than they can be (docs/decisions/009)."""
+    """Lanes for the `global_batch_size` in `data`: up to MOST_LANES, and such that every data-parallel size which divides
+    the batch divides them, or as many of them as can be (docs/decisions/009)."""
     batch = data.get("global_batch_size", MOST_LANES)  # not there when it was refused
+    if batch <= MOST_LANES:
+        return int(MOST_LANES - MOST_LANES % batch)
     return max(lanes for lanes in range(1, MOST_LANES + 1) if batch % lanes == 0)
 
 
@@ -147,8 +149,8 @@ class DataConfig(StrictModel):
     """Sequences per step, over all data-parallel ranks."""
     lanes: Annotated[int, Field(ge=1, le=65536, default_factory=lambda data: default_lanes(data))]
     """Independent streams the data is dealt to; every data-parallel size that divides both this and the global batch
-    size gives the same global batches. Default: the largest divisor of the global batch size up to 240. A run keeps
-    what it began with."""
+    size gives the same global batches. Default: the largest multiple of the global batch size up to 240, of a larger
+    batch its largest divisor up to 240. A run keeps what it began with."""
     seed: int = 0
     """Seed of every permutation of chunks, documents and slots."""
     packing: Literal["split", "best_fit"] = "split"
