@@ -128,8 +128,8 @@ class PolicyConfig(StrictModel):
 
 
 def default_lanes(data: Mapping[str, Any]) -> int:
-    """Lanes for the `global_batch_size` in `data`: up to MOST_LANES, and such that every data-parallel size that divides
-    the batch divides them too, or as many of these sizes as can be (docs/decisions/009)."""
+    """Lanes for the `global_batch_size` in `data`, up to MOST_LANES: divided by every data-parallel size that divides
+    the batch, or by as many of these sizes as can be (docs/decisions/009)."""
     batch = data.get("global_batch_size", MOST_LANES)  # not there when it was refused
     if batch <= MOST_LANES:
         return int(MOST_LANES - MOST_LANES % batch)
