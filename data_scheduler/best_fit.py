@@ -78,7 +78,7 @@ class BestFitPacker:
             window = self._window if self._window is not None else self._open(width, WINDOW, filled)
             taken = self._carry.taken
             count = min(width - filled, len(window) - taken)
-            segments, self._place = window.cut(taken, self._place, row[filled : filled + count])
+            segments, self._place, _ = window.cut(taken, self._place, row[filled : filled + count])
             parts.append((filled, segments))
             filled += count
             self._carry = self._carry._replace(taken=taken + count)

@@ -1,15 +1,13 @@
 """From a chunk's documents to one run of tokens, in the epoch's order and with document boundaries."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 
 from data_scheduler.batch import ORDINAL_BITS, Float32
-from data_scheduler.encoder import Tokens
 from data_scheduler.formats.records import Document, MarkedText
 from data_scheduler.order import Int64
-from data_scheduler.sequences import AnyTokens
+from data_scheduler.sequences import AnyTokens, join
 from data_scheduler.source import SourceReader
 from data_scheduler.stretch import Stretch
 
@@ -23,51 +21,59 @@ class OpenChunk:
     """A chunk's documents from some place of an epoch's order on, encoded a group at a time."""
 
     def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int) -> None:
-        self._reader = reader
+        self._reader, self._kept = reader, reader.kept
         self._ids = chunk << ORDINAL_BITS
-        found, ordinals = reader.open(chunk)
-        self._places = ordinals[reader.order(chunk, len(ordinals), epoch)[first:]]
-        self._documents = [found[place] for place in self._places.tolist()]
-        self._next = 0
+        self._chunk = reader.open(chunk)
+        places = self._chunk.places
+        self._places = places[reader.order(chunk, len(places), epoch)[first:]]
+        self._left = self._places.tolist()[::-1]
 
     def encode_group(self) -> Stretch | None:
         """The next documents as tokens; None when there are none left."""
-        begin, size = self._next, 0
-        if begin == len(self._documents):
+        left, documents, size = self._left, self._chunk.documents, 0
+        if not left:
             return None
-        while self._next < len(self._documents) and size < GROUP_SIZE:
-            document = self._documents[self._next]
-            assert document is not None, "ordinals name good documents only"
-            size += len(document.text) if isinstance(document, MarkedText) else len(document)
-            self._next += 1
-        group = self._documents[begin : self._next]
-        self._documents[begin : self._next] = [None] * len(group)  # memory: the text is not needed again
-        return encode(self._reader, group, self._ids | self._places[begin : self._next])
+        group: list[Document] = []
+        while left and size < GROUP_SIZE:
+            place = left.pop()
+            document = documents[place]
+            if isinstance(document, str):
+                size += len(document)
+                document = self._encoded(place, document)
+            else:
+                assert document is not None, "places name good documents only"
+                size += len(document.text) if isinstance(document, MarkedText) else len(document)
+                if self._kept is None:
+                    documents[place] = None
+            group.append(document)
+        begin = len(self._places) - len(left) - len(group)
+        return encode(self._reader, group, self._ids | self._places[begin : begin + len(group)])
+
+    def _encoded(self, place: int, text: str) -> AnyTokens:
+        tokens: AnyTokens = self._reader.encoder.encode(text)
+        if self._kept is None:
+            self._chunk.documents[place] = None  # memory: the text is not needed again
+        else:
+            tokens = tokens.astype(self._reader.token_dtype)
+            self._kept.encoded(self._chunk, place, tokens)
+        return tokens
 
 
-def encode(reader: SourceReader, documents: Sequence[Document | None], ids: Int64) -> Stretch:
+def encode(reader: SourceReader, documents: Sequence[Document], ids: Int64) -> Stretch:
     """The documents' tokens, one after the other, each between the boundary tokens of `reader`."""
     encoder, before, after = reader.encoder, reader.document_start, reader.document_end
-    rows: list[Tokens] = []
+    rows: list[AnyTokens] = []
     marked: list[tuple[int, MarkedText, list[int]]] = []
     for number, document in enumerate(documents):
-        if isinstance(document, str):
+        if isinstance(document, np.ndarray):
+            rows.append(document)
+        elif isinstance(document, str):
             rows.append(encoder.encode(document))
-        elif isinstance(document, MarkedText):
+        else:
             pieces = [encoder.encode(text) for text, _ in document.pieces]
             marked.append((number, document, [len(piece) for piece in pieces]))
             rows.append(np.concatenate([before[:0], *pieces]))
-        else:
-            assert document is not None, "ordinals name good documents only"
-            rows.append(document)
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + (len(before) + len(after))
-    begins = np.cumsum(lengths) - lengths
-    parts = (
-        chain.from_iterable((before, row, after) for row in rows)
-        if len(before)
-        else chain.from_iterable((row, after) for row in rows)
-    )
-    tokens: AnyTokens = np.concatenate(list(parts), dtype=reader.token_dtype, casting="unsafe")
+    tokens, begins = join(rows, before, after, reader.token_dtype)
     weights = _weights(reader.config.loss_weight, marked, begins + len(before), len(tokens))
     return Stretch(tokens, begins, ids, np.zeros(len(rows), np.int64), weights)
 

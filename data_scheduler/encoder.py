@@ -184,17 +184,21 @@ class GigatokenEncoder:
         return _joined([self.encode(text) for text in texts])
 
     def encode(self, text: Text) -> Tokens:
-        data = as_utf8(text)
-        self._encoded += len(data)  # two threads may lose a little of it
+        self._encoded += len(text)  # two threads may lose a little of it
         if self._encoded > REMADE_BYTES:
             self._make()
-        tokens: Tokens = self.tokenizer.encode(data)
+        try:
+            # A str that UTF-8 can hold is read where it lies: copying it costs 2 % of encoding it.
+            tokens: Tokens = self._encode(text if isinstance(text, str) else as_utf8(text))
+        except TypeError:  # a lone surrogate
+            tokens = self._encode(as_utf8(text))
         return tokens
 
     def _make(self) -> None:
         import gigatoken
 
         self.tokenizer: Any = gigatoken.Tokenizer.from_json(self._definition)
+        self._encode: Callable[[Text], Tokens] = self.tokenizer.backend.encode
         self._encoded = 0
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:

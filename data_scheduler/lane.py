@@ -61,7 +61,8 @@ class LaneStream:
         """Go on from `position`."""
         self._epoch, self._cursor, self._document, self._at, self._generations = position
         # `_at` is the place in the stretch of the next token; before one is open, in the document where it will begin.
-        self._place = 0  # the piece of the stretch that it is in
+        self._place = 0  # the piece of the stretch that it is in,
+        self._token = 0  # and its number in its document
         self._stretch: Stretch | None = None
         self._chunk: OpenChunk | None = None
 
@@ -78,11 +79,9 @@ class LaneStream:
     @property
     def position(self) -> Position:
         """Where the next token stands."""
-        stretch, place = self._stretch, self._place
-        if stretch is None:
+        if self._stretch is None:
             return Position(self._epoch, self._cursor, self._document, self._at, self._generations)
-        token = self._at - int(stretch.begins[place]) + int(stretch.offsets[place])
-        return Position(self._epoch, self._cursor, self._document + place, token, self._generations)
+        return Position(self._epoch, self._cursor, self._document + self._place, self._token, self._generations)
 
     def take(self, out: Int64 | AnyTokens) -> Segments:
         """Fill `out` (integers[n]) with the next n tokens and say which documents are where.
@@ -92,7 +91,7 @@ class LaneStream:
         length = len(out)
         stretch = self._stretch
         if stretch is not None and len(stretch.tokens) - self._at > length:  # the usual case
-            segments, self._place = stretch.cut(self._at, self._place, out)
+            segments, self._place, self._token = stretch.cut(self._at, self._place, out)
             self._at += length
             if self._at >= COMPACT_TOKENS:
                 self._compact()
@@ -106,7 +105,8 @@ class LaneStream:
                 self.rewind(before)
                 raise
             count = min(length - filled, len(stretch) - self._at)
-            segments, self._place = stretch.cut(self._at, self._place, out[filled : filled + count])
+            piece = out[filled : filled + count]
+            segments, self._place, self._token = stretch.cut(self._at, self._place, piece)
             parts.append((filled, segments))
             filled += count
             self._at += count
@@ -155,4 +155,5 @@ class LaneStream:
                 self._document += len(stretch.begins)
             else:
                 self._stretch, self._place = stretch, stretch.place(self._at)
+                self._token = self._at - int(stretch.begins[self._place])
                 return stretch

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from data_scheduler.native import LOOPS
 from data_scheduler.order import Int64, permutation
 from headrace.errors import ConfigError
 
@@ -112,6 +113,16 @@ def slots(counts: Int64, asked: Int32, lanes: Int64, *key: int | str) -> Int32:
     # Equal counts in the order of the sources; one that is not drawn takes nothing.
     rarest_first = [(source, number[source]) for source in sorted(range(len(number)), key=number.__getitem__)]
     wanted = [(source, count) for source, count in rarest_first if count]
+    if LOOPS is not None:
+        taking = np.array(wanted, np.int64).T.copy()
+        laid_out = np.empty(len(lanes), np.int32)
+        LOOPS.lay(taking[1], taking[0], asked, lanes, order, laid_out, asked.shape[1])
+        return laid_out
+    return slots_in_numpy(wanted, asked, lanes, order)
+
+
+def slots_in_numpy(wanted: list[tuple[int, int]], asked: Int32, lanes: Int64, order: Int64) -> Int32:
+    """`slots`, its definition: (source, lanes it takes) in turn, ties in `order`."""
     lay = _lay_few if len(lanes) <= FEW_SLOTS else _lay_many
     laid_out = np.empty(len(lanes), np.int32)
     laid_out[order] = lay(asked, lanes[order], wanted)
@@ -121,7 +132,9 @@ def slots(counts: Int64, asked: Int32, lanes: Int64, *key: int | str) -> Int32:
 
 def tally(asked: Int32, lanes: Int64, sources: Int32) -> None:
     """Count in `asked` (int32[lanes, sources]) that each of `lanes` was asked for the source beside it."""
-    if len(lanes) <= FEW_SLOTS and len(set(lanes.tolist())) == len(lanes):
+    if LOOPS is not None:
+        LOOPS.tally(asked, lanes, sources, asked.shape[1])
+    elif len(lanes) <= FEW_SLOTS and len(set(lanes.tolist())) == len(lanes):
         asked[lanes, sources] += ONCE
     else:
         np.add.at(asked, (lanes, sources), ONCE)  # a lane may come twice; six times as fast as with an int64

@@ -8,6 +8,7 @@ Who decides the mixture of a step: a mixture that a person set holds until it is
 configuration chooses a policy. Meanwhile the policy goes on listening.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
@@ -92,11 +93,32 @@ class Plan:
         self._quarantines: dict[str, list[tuple[int, str]]] = {}
         """source → (first step, command)"""
         self._undone: dict[str, int] = {}
+        self.version = 0
+        """Events taken into account."""
         for event in journal.events:
             self.apply(event)
 
+    def steady_until(self, step: int) -> float:
+        """The first step after `step` for which the plan may say something else than for `step`, as things are."""
+        timelines = (self.mixture, self.people, self.policy, self.shape, self.limits)
+        changes = [
+            *(first for all_of in self._quarantines.values() for first, _ in all_of),
+            *self._undone.values(),
+            *(first for first, _ in self.added.values()),
+            *(growth.step for all_of in self.grown.values() for growth in all_of),
+            *(cap.step for all_of in self.capped.values() for cap in all_of),
+        ]
+        return min(
+            *(timeline.steady_until(step) for timeline in timelines),
+            min((change for change in changes if change > step), default=math.inf),
+        )
+
     def apply(self, event: Event) -> None:
         """Take one event into account."""
+        self._apply(event)
+        self.version += 1
+
+    def _apply(self, event: Event) -> None:
         data = event.data
         command = data.get("command")
         if event.kind == "run_started" and "data" in data:

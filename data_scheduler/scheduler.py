@@ -30,6 +30,7 @@ from data_scheduler.control import Decision, settle
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import beginning, check_same_run, sample_texts, settled
 from data_scheduler.journal import Event, Journal, Kind
+from data_scheduler.kept_documents import keep_small_sources
 from data_scheduler.lane import ExhaustedError, LaneStream, Position
 from data_scheduler.layout_index import LayoutIndex
 from data_scheduler.listing import File
@@ -130,6 +131,7 @@ class Scheduler:
         self.readers = []
         for source in config.sources:
             self.readers.append(SourceReader(source, manifests[source.name], config, self.encoder, cache))
+        keep_small_sources(self.readers)
         self._watched = [source for source in config.sources if source.watch]
         self._watches_itself = dp_size == 1 if watch is None else watch
         self._last_look: dict[str, dict[str, File]] = {}
@@ -364,16 +366,28 @@ class Scheduler:
         self._wanted = dict(self._consumed.wanted)
         self._shares_of: Mapping[str, float] = {}
         self._shares_known = np.zeros(0, np.int64)
+        self._shape: Mapping[str, int] = {}
+        # What the plan says is asked again when it has heard of an event, and at steps where it may say something else.
+        self._plan_version, self._plan_steady_until = -1, 0.0
         self._reported = {report.step: report for report in self._consumed.feedback if report.step < self._step}
         self._heard = self._step - 1 - self.config.policy.horizon
 
     def _produce(self) -> _Produced:
         """Prepare the next step: the only place where batches come from."""
         step = self._step
-        shares = self._shares(step)
-        shape = self.plan.shape.at(step)
-        batch_size, width = shape["global_batch_size"], shape["seq_len"] + 1
-        self._apply_limits(step)
+        version = self.plan.version
+        steady = version == self._plan_version and step < self._plan_steady_until
+        if not steady and not self._replaying:
+            self._change_policy(step)
+        wanted = None if self._replaying else self._ask_policy(step)
+        if steady and (wanted is None or wanted == self._wanted):
+            shares = self._shares_known
+        else:
+            shares = self._shares(step, wanted)
+            self._shape = self.plan.shape.at(step)
+            self._apply_limits(step)
+            self._plan_version, self._plan_steady_until = version, self.plan.steady_until(step)
+        batch_size, width = self._shape["global_batch_size"], self._shape["seq_len"] + 1
         counts = self._mixer.counts(shares, batch_size)
         lanes = lanes_of(self._sequences, batch_size, self.config.lanes)
         sources = slots(counts, self._asked, lanes, self.config.seed, step)
@@ -469,6 +483,7 @@ class Scheduler:
             if grown != self._grown.get(name, []):
                 self._grown[name] = grown
                 reader.grow([Manifest.from_data(growth.manifest) for growth in grown])
+                keep_small_sources(self.readers)
             reader.generations, reader.max_epochs = generations, limits.get(name)
         carries = self._places.positions[:, :, len(Position._fields) :]
         through = carries[:, :, Carry._fields.index("bins")] == EXHAUSTED
@@ -477,9 +492,14 @@ class Scheduler:
         own = np.arange(self.config.lanes) % self._dp_size == self._dp_rank
         self._sources_through = {(lane, source) for lane, source in np.argwhere(through & own[:, None]).tolist()}
 
-    def _shares(self, step: int) -> Int64:
-        """Each source's share of a step, int64[sources]; nothing for sources that have reached their limit."""
-        weights = self._weights(step)
+    def _shares(self, step: int, wanted: Mapping[str, float] | None) -> Int64:
+        """Each source's share of a step, int64[sources]; nothing for sources that have reached their limit.
+
+        `wanted`: by the policy; None: the journal knows all.
+        """
+        if wanted is not None:
+            self._record_wanted(step, wanted)
+        weights = self._decided_weights(step)
         quarantined = self.plan.quarantined(step)
         weights = self.plan.without_quarantined(weights, step)
         capped = [name for name in list(self.plan.capped) if self.plan.is_capped(name, step)]
@@ -497,16 +517,19 @@ class Scheduler:
             self._mixer.owed = settle(self._mixer.owed, self._shares_known, out)
         return self._shares_known
 
-    def _weights(self, step: int) -> Mapping[str, float]:
-        """The mixture of a step: the journal's, after the policy has had its say."""
-        if self._replaying:
-            return self._decided_weights(step)
-        self._change_policy(step)
+    def _ask_policy(self, step: int) -> Mapping[str, float]:
+        """What the policy wants for a step; it is asked once for each."""
         wanted = self._policy.weights(step, self._feedback_for(step))
         if isinstance(self._policy, Guard):
             for kind, data in self._policy.take_notes():
                 self._record(kind, step, data, f"policy:{self._chosen.kind}")
-        # What a person set stays. Most policies repeat themselves: nothing to do then, unless another has just begun.
+        return wanted
+
+    def _record_wanted(self, step: int, wanted: Mapping[str, float]) -> None:
+        """Journal a mixture that the policy wants, where it decides and this is another than before.
+
+        What a person set stays. Most policies repeat themselves: nothing to do then, unless another has just begun.
+        """
         in_force = self.plan.mixture.at(step)
         begins = self.plan.deciding(step) != self.plan.deciding(step - 1)
         if self.plan.person_decides(step) is None and (begins or wanted != self._wanted or in_force is None):
@@ -516,7 +539,6 @@ class Scheduler:
             if begins or exact != in_force:
                 self._record("mixture", step, {"weights": exact}, f"policy:{self._chosen.kind}")
         self._wanted = dict(wanted)
-        return self._decided_weights(step)
 
     def _decided_weights(self, step: int) -> Mapping[str, float]:
         weights: Mapping[str, float] | None = self.plan.mixture.at(step)

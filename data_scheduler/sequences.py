@@ -5,13 +5,13 @@ is used where it was compiled: it is called 10,000 times a second, on arrays so 
 cost. `tests/data_scheduler/test_sequences.py` holds the two against each other. HEADRACE_NATIVE=0 uses numpy's.
 """
 
-import os
-from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_scheduler.native import LOOPS
 from data_scheduler.order import Int64
 
 Int32 = npt.NDArray[np.int32]
@@ -20,40 +20,34 @@ AnyTokens = npt.NDArray[Any]
 """uint16 for vocabularies up to 65,536, else uint32"""
 
 
-def _compiled() -> Any:
-    if os.environ.get("HEADRACE_NATIVE", "1") == "0":
-        return None
-    try:
-        return import_module("data_scheduler._sequences")
-    except ImportError:
-        return None
-
-
-_native = _compiled()
+_native = LOOPS
 NATIVE = _native is not None
 """Whether the compiled functions are used."""
 
 
 def cut(
     tokens: AnyTokens, begins: Int64, ids: Int64, offsets: Int64, at: int, place: int, out: Int64 | AnyTokens
-) -> tuple[Int32, Int64, Int64, int]:
-    """Copy tokens [at, at + len(out)) to `out` and say which pieces they are of: (starts, ids, offsets, next place).
+) -> tuple[Int32, Int64, Int64, int, int]:
+    """Copy tokens [at, at + len(out)) to `out` and say which pieces they are of.
+
+    Returns (starts, ids, offsets, next place, next token).
 
     tokens: uint16 or uint32[n]; begins: int64[pieces], ascending, where each piece begins in `tokens`, the first at 0;
     ids: int64[pieces], its document; offsets: int64[pieces], the token of its document that it begins with; place: the
     piece that token `at` is in; out: int64[count], or of the tokens' dtype, count >= 1. Of the results, starts
     int32[k] is where each piece begins in `out`, the first at 0; pieces without a token are left out. The next place
-    is that of token at + count. Raises ValueError when the tokens are not there.
+    is that of token at + count, the next token its number in the document. Raises ValueError when the tokens are not
+    there.
     """
     if _native is None:
         return cut_in_numpy(tokens, begins, ids, offsets, at, place, out)
-    starts, own, first, after = _native.cut(tokens, begins, ids, offsets, at, place, out)
-    return np.frombuffer(starts, np.int32), np.frombuffer(own, np.int64), np.frombuffer(first, np.int64), after
+    starts, own, first, after, token = _native.cut(tokens, begins, ids, offsets, at, place, out)
+    return np.frombuffer(starts, np.int32), np.frombuffer(own, np.int64), np.frombuffer(first, np.int64), after, token
 
 
 def cut_in_numpy(
     tokens: AnyTokens, begins: Int64, ids: Int64, offsets: Int64, at: int, place: int, out: Int64 | AnyTokens
-) -> tuple[Int32, Int64, Int64, int]:
+) -> tuple[Int32, Int64, Int64, int, int]:
     """`cut`, its definition."""
     stop = at + len(out)
     if not (0 <= at < stop <= len(tokens) and 0 <= place < len(begins) and begins[place] <= at):
@@ -70,7 +64,30 @@ def cut_in_numpy(
         ids[first:last][kept],
         offsets[first:last][kept] + (from_here - own[kept]),
         after,
+        int(offsets[after] + stop - begins[after]),
     )
+
+
+def join(rows: list[AnyTokens], before: AnyTokens, after: AnyTokens, dtype: npt.DTypeLike) -> tuple[AnyTokens, Int64]:
+    """The rows one after the other, each between `before` and `after`: (tokens, where each begins).
+
+    rows: uint16 or uint32[...] each, as are before and after; tokens: [total] of `dtype`, uint16 or uint32, which holds
+    every one of them; begins: int64[rows].
+    """
+    if _native is None:
+        return join_in_numpy(rows, before, after, dtype)
+    tokens, begins = _native.join(rows, before, after, np.dtype(dtype).itemsize)
+    return np.frombuffer(tokens, dtype), np.frombuffer(begins, np.int64)
+
+
+def join_in_numpy(
+    rows: list[AnyTokens], before: AnyTokens, after: AnyTokens, dtype: npt.DTypeLike
+) -> tuple[AnyTokens, Int64]:
+    """`join`, its definition."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + (len(before) + len(after))
+    parts = chain.from_iterable((before, row, after) for row in rows)
+    tokens: AnyTokens = np.concatenate([before[:0], *parts], dtype=dtype, casting="unsafe")
+    return tokens, np.cumsum(lengths) - lengths
 
 
 def layout(starts: list[Int32], ids: list[Int64], width: int) -> tuple[Int32, Int64, Int64, BoolArray]:

@@ -12,6 +12,7 @@ from data_scheduler.chunks import Chunks
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, Tokens
 from data_scheduler.formats.records import Document, Records
+from data_scheduler.kept_documents import KeptChunk, KeptDocuments
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, deal, permutation
 from data_scheduler.parts import PartReader
@@ -64,6 +65,8 @@ class SourceReader:
         self._records_read = 0
         self._records_rejected = 0
         self._last_reject: RejectedRecord | None = None
+        self.kept: KeptDocuments | None = None
+        """Where documents are kept in memory, if they are; set from outside, which knows the other sources."""
         self._tokens: TokenCache | None = None
         # Marked text is more than its tokens, and what is tokens already need not be encoded.
         marked = config.prompt or config.masked_key or config.loss_weight_key
@@ -88,6 +91,11 @@ class SourceReader:
         self._parts = PartReader(self.config, self.manifest, self._data, units, self._cache)
         self._sizes = self.chunks.sizes()
         self._hands.clear()
+
+    @property
+    def text_bytes(self) -> int:
+        """Text in one epoch, as far as it is known without reading."""
+        return int(self._sizes.sum())
 
     def generation_of(self, chunk: int) -> int:
         """0 for a chunk that was there when the source entered the run, n for one that joined with the n-th growth."""
@@ -134,33 +142,47 @@ class SourceReader:
         found = records.documents
         return [document for ordinal in shuffled.tolist() if (document := found[ordinal]) is not None], shuffled
 
-    def open(self, chunk: int) -> tuple[Sequence[Document | None], Int64]:
-        """(the chunk's records, places among them of the good documents), as tokens where the cache has them.
+    def open(self, chunk: int) -> KeptChunk:
+        """A chunk's documents: text, or tokens where it is known what they are encoded to.
 
         Raises DataError past the reject limit.
         """
-        key = self._token_key(chunk)
-        if key is None or self._tokens is None:
-            records, places = self.records(chunk)
-            return records.documents, places
-        cached = self._tokens.load(key)
-        if cached is None:
-            rejects = len(self.rejects)
-            records, places = self.records(chunk)
-            documents = [records.documents[place] for place in places.tolist()]
-            tokens = [self.encoder.encode(text) if isinstance(text, str) else text for text in documents]
-            rejected = [(reject.record, reject.reason) for reject in self.rejects[rejects:]]
-            read = len(records.documents) - records.filtered
-            cached = CachedChunk(places, tokens, read, rejected)
-            self._tokens.store(key, cached)
+        found = None if self.kept is None else self.kept.get(chunk)
+        if found is None:
+            found = self._read(chunk)
+            if self.kept is not None:
+                self.kept.put(chunk, found)
         else:
-            path = self.chunks[chunk].unit.path
-            found = [RejectedRecord(self.config.name, path, where, reason) for where, reason in cached.rejected]
-            self._count(cached.read, found)
-        whole: list[Document | None] = [None] * (int(cached.places[-1]) + 1 if len(cached.places) else 0)
-        for place, document in zip(cached.places.tolist(), cached.documents, strict=True):
-            whole[place] = document
-        return whole, cached.places
+            self._count_again(chunk, found.read, found.rejected)
+        return found
+
+    def _read(self, chunk: int) -> KeptChunk:
+        """A chunk from the cache of tokens, or else from its file."""
+        rejects = len(self.rejects)
+        key = self._token_key(chunk)
+        cached = None if key is None or self._tokens is None else self._tokens.load(key)
+        if cached is not None:
+            self._count_again(chunk, cached.read, cached.rejected)
+            whole: list[Document | None] = [None] * (int(cached.places[-1]) + 1 if len(cached.places) else 0)
+            for place, document in zip(cached.places.tolist(), cached.documents, strict=True):
+                whole[place] = document
+            return KeptChunk(whole, cached.places, cached.read, cached.rejected)
+        records, places = self.records(chunk)
+        found = records.documents
+        rejected = [(reject.record, reject.reason) for reject in self.rejects[rejects:]]
+        read = len(found) - records.filtered
+        if key is not None and self._tokens is not None:
+            for place in places.tolist():
+                text = found[place]
+                found[place] = self.encoder.encode(text) if isinstance(text, str) else text
+            tokens = [found[place] for place in places.tolist()]
+            self._tokens.store(key, CachedChunk(places, tokens, read, rejected))
+        return KeptChunk(found, places, read, rejected)
+
+    def _count_again(self, chunk: int, read: int, rejected: list[tuple[str, str]]) -> None:
+        """Account for a chunk as when it was read from its file."""
+        path = self.chunks[chunk].unit.path if rejected else ""
+        self._count(read, [RejectedRecord(self.config.name, path, where, reason) for where, reason in rejected])
 
     def _token_key(self, chunk: int) -> str | None:
         """What a chunk's tokens are known by; None when they are not to be cached."""
@@ -200,7 +222,7 @@ class SourceReader:
         return (place if block else part + parts * place), None if unit.stop < 0 else (unit.start, unit.stop)
 
     def _account(self, chunk: int, records: Records) -> None:
-        path = self.chunks[chunk].unit.path
+        path = self.chunks[chunk].unit.path if records.rejects else ""
         rejected = []
         for reject in records.rejects:
             number, within = self.record_number(chunk, records, reject.record)

@@ -37,14 +37,14 @@ class Stretch:
         """The piece that token `at` is in."""
         return int(self.begins.searchsorted(at, side="right")) - 1
 
-    def cut(self, at: int, place: int, out: Int64 | AnyTokens) -> tuple[Segments, int]:
+    def cut(self, at: int, place: int, out: Int64 | AnyTokens) -> tuple[Segments, int, int]:
         """Fill `out` with the tokens from `at`, in piece `place`, on.
 
-        Returns which documents are where in them, and the piece that the next token is in.
+        Returns which documents are where in them, the piece that the next token is in, and its number in its document.
         """
-        starts, ids, offsets, after = cut(self.tokens, self.begins, self.ids, self.offsets, at, place, out)
+        starts, ids, offsets, after, token = cut(self.tokens, self.begins, self.ids, self.offsets, at, place, out)
         weights = None if self.weights is None else self.weights[at : at + len(out)]
-        return Segments(starts, ids, offsets, weights), after
+        return Segments(starts, ids, offsets, weights), after, token
 
     def tail(self, at: int, place: int) -> "Stretch":
         """The tokens from `at`, in piece `place`, on, in memory of their own."""

@@ -5,6 +5,7 @@ Undoing never rewrites: an entry that was undone at step U held until U − 1; f
     put(0, a)   put(100, b, command="x")   undo("x", 300)       at(99) = a   at(299) = b   at(300) = a
 """
 
+import math
 import threading
 from bisect import bisect_right, insort
 from collections.abc import Mapping
@@ -85,6 +86,16 @@ class Timeline:
                 end = entry.step + max(1, entry.over)
                 turns.update((entry.step, end - 1) if stop is None else range(entry.step, min(end, stop)))
             return sorted(turn for turn in turns if stop is None or turn < stop)
+
+    def steady_until(self, step: int) -> float:
+        """The first step after `step` at which the value may be another; infinite when it stays as things are."""
+        with self._lock:
+            changes = {*self._undone.values(), *(begin for _, _, begin in self._voided)}
+            for entry in self._entries:
+                changes.add(entry.step)
+                if entry.step <= step < entry.step + entry.over:
+                    return step + 1
+            return min((change for change in changes if change > step), default=math.inf)
 
     def take_back(self, step: int) -> None:
         """Remove entries from `step` on that no person made."""

@@ -2,9 +2,11 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_scheduler import mixture
 from data_scheduler.mixture import FEW_SLOTS, ONE, Mixer, quantize, slots
 from data_scheduler.order import permutation
 
@@ -127,21 +129,26 @@ def plain_slots(counts: list[int], asked: np.ndarray, lanes: np.ndarray, *key: i
     return laid_out
 
 
-@settings(deadline=None)
+@pytest.mark.parametrize("compiled", [True, False])
 @given(
     st.lists(st.one_of(st.integers(0, 3), st.integers(0, FEW_SLOTS)), min_size=1, max_size=9).filter(any),
     st.integers(1, 2 * FEW_SLOTS),
     st.integers(0, 1 << 32),
     st.sampled_from([1, 3, 40, 1 << 20]),
 )
-def test_slots_are_those_of_the_plain_rule(counts: list[int], lanes: int, seed: int, apart: int) -> None:
+def test_slots_are_those_of_the_plain_rule(
+    compiled: bool, counts: list[int], lanes: int, seed: int, apart: int
+) -> None:
     """With few slots and with many, lanes that come twice, and lanes that were asked alike or far apart."""
     rng = np.random.default_rng(seed)
     asked = rng.integers(0, apart, (lanes, len(counts))).astype(np.int32)
     taken = (rng.integers(lanes) + np.arange(sum(counts))) % lanes
     expected = asked.copy()
     plain = plain_slots(counts, expected, taken, 7, 1)
-    assert slots(np.array(counts), asked, taken, 7, 1).tolist() == plain
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(mixture, "LOOPS", None)
+        assert slots(np.array(counts), asked, taken, 7, 1).tolist() == plain
     assert (asked == expected).all()
 
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_scheduler import order as order_module
-from data_scheduler.order import MANY, deal, draws, permutation
+from data_scheduler.native import LOOPS
+from data_scheduler.order import MANY, deal, draws, permutation, permutation_in_numpy
 
 
 @given(st.integers(0, 500), st.integers(0, 2**63), st.text(max_size=10))
@@ -25,7 +26,15 @@ def test_permutation_is_fixed_for_all_time() -> None:
 def test_equal_draws_stay_in_their_order(monkeypatch: pytest.MonkeyPatch, size: int, different: int) -> None:
     numbers = draws(size, "some") % np.uint64(different)
     monkeypatch.setattr(order_module, "draws", lambda size, *key: numbers)
-    assert permutation(size).tolist() == sorted(range(size), key=numbers.tolist().__getitem__)
+    assert permutation_in_numpy(size).tolist() == sorted(range(size), key=numbers.tolist().__getitem__)
+
+
+@pytest.mark.skipif(LOOPS is None, reason="the loops of csrc/loader/ are not compiled here")
+@given(st.integers(0, MANY + 2), st.lists(st.one_of(st.integers(0, 1 << 64), st.text(max_size=9)), max_size=4))
+def test_permutation_is_its_definition(size: int, key: list[int | str]) -> None:
+    found = permutation(size, *key)
+    assert found.dtype == np.int64
+    assert found.tolist() == permutation_in_numpy(size, *key).tolist()
 
 
 def test_different_keys_give_different_orders() -> None:

@@ -63,7 +63,7 @@ def test_cuts_one_after_the_other_are_the_whole(cut: Any, given: dict[str, Any])
     at, place, size = 0, int(np.searchsorted(begins, 0, side="right")) - 1, len(given["out"])
     while at < len(tokens):
         out = np.zeros(min(size, len(tokens) - at), np.int64)
-        starts, own, first, place = cut(tokens, begins, ids, offsets, at, place, out)
+        starts, own, first, place, token = cut(tokens, begins, ids, offsets, at, place, out)
         assert starts[0] == 0
         spans = np.diff([*starts, len(out)])
         assert (spans > 0).all()
@@ -71,6 +71,8 @@ def test_cuts_one_after_the_other_are_the_whole(cut: Any, given: dict[str, Any])
         within = np.concatenate([np.arange(span) + token for span, token in zip(spans, first, strict=True)])
         assert within.tolist() == inside[at : at + len(out)].tolist()
         at += len(out)
+        if at < len(tokens):
+            assert token == inside[at]
 
 
 @native
@@ -169,3 +171,40 @@ def test_a_place_that_is_not_there_is_refused(count: Any) -> None:
     for place in (6, ~6, 1 << 40, -(1 << 40)):
         with pytest.raises(ValueError, match="count"):
             count(np.array([place]), np.zeros((1, PLACE), np.int32), positions, given, 9)
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> tuple[list[Any], Any, Any, Any]:
+    dtype = draw(st.sampled_from([np.uint16, np.uint32]))
+    lengths = draw(st.lists(st.integers(0, 7), max_size=6))
+    edge = [np.array(draw(st.lists(st.integers(0, 9), max_size=1)), np.uint32) for _ in range(2)]
+    rows = [
+        np.array(draw(st.lists(st.integers(0, np.iinfo(dtype).max), min_size=length, max_size=length)), kind)
+        for length in lengths
+        for kind in [draw(st.sampled_from([dtype, np.uint32]))]
+    ]
+    return rows, *edge, dtype
+
+
+@native
+@given(documents())
+def test_join_is_its_definition(given: tuple[list[Any], Any, Any, Any]) -> None:
+    same(sequences.join(*given), sequences.join_in_numpy(*given))
+
+
+@pytest.mark.parametrize("join", [sequences.join, sequences.join_in_numpy])
+@given(given=documents())
+def test_joined_documents_stand_where_it_says(join: Any, given: tuple[list[Any], Any, Any, Any]) -> None:
+    rows, before, after, dtype = given
+    tokens, begins = join(*given)
+    assert tokens.dtype == dtype
+    found = np.split(tokens, begins[1:]) if rows else []
+    assert [part.tolist() for part in found] == [[*before, *row, *after] for row in rows]
+
+
+@native
+def test_rows_that_are_no_tokens_are_refused() -> None:
+    none = np.zeros(0, np.uint32)
+    for row in (np.zeros(3, np.int64), np.zeros(3, np.uint8), np.zeros(6, np.uint16)[::2], [1, 2]):
+        with pytest.raises((TypeError, ValueError, BufferError)):
+            sequences.join([none, row], none, none, np.uint16)

@@ -30,6 +30,30 @@ def test_the_newest_entry_that_is_not_undone_holds(made: list[tuple[int, bool]],
         assert timeline.at(step) == (max(holding)[1] if holding else None)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, STEPS), st.booleans(), st.integers(0, 6), st.integers(0, 3)), max_size=6),
+    undoings,
+    st.lists(st.tuples(st.integers(0, STEPS), st.integers(0, STEPS), st.integers(0, STEPS)), max_size=2),
+)
+def test_until_it_says_so_nothing_changes(
+    made: list[tuple[int, bool, int, int]], undone: list[tuple[int, int]], voided: list[tuple[int, int, int]]
+) -> None:
+    timeline = MixtureTimeline()
+    for order, (step, person, over, value) in enumerate(made):
+        entry = Entry(step, order, {"a": float(value)}, "user:x" if person else "policy:y", str(order), over)
+        timeline.put(entry)
+    for command, step in undone:
+        timeline.undo(str(command), step)
+    for void in voided:
+        timeline.void(*void)
+    for step in range(STEPS):
+        until = timeline.steady_until(step)
+        assert until > step
+        for later in range(step, int(min(until, STEPS + 9))):
+            assert timeline.at(later) == timeline.at(step)
+            assert timeline.newest(later) == timeline.newest(step)
+
+
 def ramp(step: int, order: int, value: Mapping[str, float], over: int = 0) -> Entry:
     return Entry(step, order, value, "user:x", str(order), over)
 
