@@ -28,7 +28,7 @@ MOST_LANES = 240
 """Lanes there are when nobody asks for more."""
 OPEN_BYTES = 1 << 30
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 << 10, 4 << 20
-Share = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class SourceConfig(StrictModel):

@@ -420,7 +420,7 @@ class Scheduler:
         """(source, segments) of a sequence, from `source` or, where its lane is through with that, another."""
         while True:
             if (lane, source) not in self._sources_through:
-                packer = self._packer(lane, source)
+                packer = self._packers.get((lane, source)) or self._packer(lane, source)
                 try:
                     segments = packer.pack(row)
                 except ExhaustedError:
@@ -454,13 +454,12 @@ class Scheduler:
         return int(np.searchsorted(np.cumsum(left), drawn, side="right"))
 
     def _packer(self, lane: int, source: int) -> Packer:
-        key = (lane, source)
-        packer = self._packers.get(key)
-        if packer is None:
-            position, carry = self._places.place(lane, source)
-            if carry.bins == EXHAUSTED:  # under a limit that was raised since
-                carry = Carry()
-            packer = self._packers[key] = self._new_packer(LaneStream(self.readers[source], lane, position), carry)
+        """A packer that goes on where the lane stands."""
+        position, carry = self._places.place(lane, source)
+        if carry.bins == EXHAUSTED:  # under a limit that was raised since
+            carry = Carry()
+        packer = self._new_packer(LaneStream(self.readers[source], lane, position), carry)
+        self._packers[lane, source] = packer
         return packer
 
     def _exhausted(self) -> BoolArray:
@@ -594,9 +593,11 @@ class Scheduler:
         return self._loader is not None and self._loader.stopping.is_set()
 
     def _take_rejects(self) -> list[RejectedRecord]:
-        taken = [reject for reader in self.readers for reject in reader.rejects]
+        taken: list[RejectedRecord] = []
         for reader in self.readers:
-            reader.rejects = []
+            if reader.rejects:
+                taken += reader.rejects
+                reader.rejects = []
         return taken
 
     # -- journal -------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """The inner loops: what is done for every sequence of every step.
 
 Each function is written here in numpy, which is its definition, and once more in C (`csrc/loader/sequences.c`), which
-is used where it was compiled: it is called 10,000 times a second, on arrays so small that numpy's calls are all of the
-cost. `tests/data_scheduler/test_sequences.py` holds the two against each other. HEADRACE_NATIVE=0 uses numpy's.
+is used where it was compiled (`native.py`). `tests/data_scheduler/test_sequences.py` holds the two against each other.
 """
 
 from itertools import chain

@@ -29,6 +29,8 @@ def validated(model: type[Model], raw: object, where: str | Callable[[Location],
     except ValidationError as error:
         said: dict[str, None] = {}
         for problem in error.errors():
+            if problem["type"] == "default_factory_not_called":
+                continue  # follows from another mistake
             place = _place(model, raw, problem["loc"])
             message = _describe(problem, place, ".".join(map(str, (*section, *place.names))))
             said[message if isinstance(where, str) else f"{where((*section, *place.location))}: {message}"] = None

@@ -1,7 +1,8 @@
-// The inner loops of the data scheduler: what it does for every sequence of every step.
+// The inner loops of the data scheduler: what it does for every sequence, step or group of documents.
 //
-// `data_scheduler.sequences` has the same functions in numpy; they are the definition, and what is used where this file
-// was not compiled. All arguments are C-contiguous buffers of the dtype that is named; nothing here keeps a reference.
+// `data_scheduler`'s sequences.py, mixture.py and order.py have the same functions in numpy; they are the definition, and
+// what is used where this file was not compiled. All arguments are C-contiguous buffers of the dtype that is named;
+// nothing here keeps a reference.
 // Built against Python's stable ABI (3.11 and newer), without numpy's headers.
 
 #define PY_SSIZE_T_CLEAN
@@ -257,9 +258,11 @@ static void put_tokens(char *to, Py_ssize_t out, const Array *from) {
     if (in == out) {
         memcpy(to, from->view.buf, (size_t)(from->length * in));
     } else if (out == 2) {
-        for (Py_ssize_t i = 0; i < from->length; i++) ((uint16_t *)to)[i] = (uint16_t)((const uint32_t *)from->view.buf)[i];
+        const uint32_t *wide = from->view.buf;
+        for (Py_ssize_t i = 0; i < from->length; i++) ((uint16_t *)to)[i] = (uint16_t)wide[i];
     } else {
-        for (Py_ssize_t i = 0; i < from->length; i++) ((uint32_t *)to)[i] = ((const uint16_t *)from->view.buf)[i];
+        const uint16_t *narrow = from->view.buf;
+        for (Py_ssize_t i = 0; i < from->length; i++) ((uint32_t *)to)[i] = narrow[i];
     }
 }
 
@@ -348,7 +351,8 @@ static PyObject *lay(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     int32_t *asked = arrays[2].view.buf, *laid = arrays[5].view.buf;
     Py_ssize_t batch = arrays[3].length, wide = PyLong_AsSsize_t(args[6]), total = 0;
     if (PyErr_Occurred()) goto done;
-    int sound = wide > 0 && arrays[0].length == arrays[1].length && arrays[4].length == batch && arrays[5].length == batch;
+    int sound = wide > 0 && arrays[0].length == arrays[1].length;
+    sound = sound && arrays[4].length == batch && arrays[5].length == batch;
     Py_ssize_t most = sound ? arrays[2].length / wide : 0;
     for (Py_ssize_t i = 0; sound && i < arrays[0].length; i++) {
         sound = counts[i] >= 0 && sources[i] >= 0 && sources[i] < wide;
@@ -439,8 +443,8 @@ done:
 
 PyDoc_STRVAR(shuffle_doc,
 "shuffle(key, size) -> order\n\n"
-"key: 16 bytes, two little-endian 64-bit integers. The result is a bytearray of int64[size]: the stable order of as many\n"
-"numbers of Philox4x64-10 (Salmon et al., SC 2011) with this key, as numpy draws them.");
+"key: 16 bytes, two little-endian 64-bit integers. The result is a bytearray of int64[size]: the stable order of as\n"
+"many numbers of Philox4x64-10 (Salmon et al., SC 2011) with this key, as numpy draws them.");
 
 static void philox(uint64_t counter, uint64_t key0, uint64_t key1, uint64_t out[4]) {
     uint64_t x0 = counter, x1 = 0, x2 = 0, x3 = 0;

@@ -32,13 +32,14 @@ class Whole(Strict):
     steps: list[Annotated[Near | Far, Field(discriminator="kind")]] = Field(default=[])
     options: dict[Annotated[str, Field(pattern="^[a-z]+$")], str | int] = Field(default={})
     first: Item | None = None
+    last: int = Field(default_factory=lambda data: len(data["items"]))
 
 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         ({"itmes": []}, "x: unknown key itmes (did you mean 'items'?)"),
-        ({"zzz": 1}, "x: unknown key zzz (valid: items, steps, options, first)"),
+        ({"zzz": 1}, "x: unknown key zzz (valid: items, steps, options, first, last)"),
         ({"items": [{"name": "web", "sise": 1}]}, "x: unknown key items.web.sise (did you mean 'size'?)"),
         ({"items": [{"size": 1}]}, "x: items.0.name is required"),
         ({"items": [{"name": "web", "size": "a"}]}, "x: items.web.size: input should be a valid integer, got 'a'"),
@@ -55,7 +56,8 @@ class Whole(Strict):
         ),
         ({"options": {"A": 1}}, "x: options.A: string should match pattern '^[a-z]+$', got 'A'"),
         ({1: 2}, "x: 1: keys should be strings, got 1"),
-        ([], "x: the file: expected a section with keys of: items, steps, options, first"),
+        ({"items": [{"name": 1}]}, "x: items.0.name: input should be a valid string, got 1"),
+        ([], "x: the file: expected a section with keys of: items, steps, options, first, last"),
     ],
 )
 def test_every_mistake_in_one_line(raw: Any, message: str) -> None:
@@ -63,6 +65,7 @@ def test_every_mistake_in_one_line(raw: Any, message: str) -> None:
         validated(Whole, raw, "x")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "factory" not in str(caught.value)  # what follows from the mistake is not another one
 
 
 def test_places_can_be_named_one_by_one() -> None:
