@@ -1,7 +1,12 @@
-"""The thread that prepares batches ahead of their use."""
+"""The thread that prepares batches ahead of their use.
+
+It holds whoever produces them only while it does: a scheduler that nobody uses any more, closed or not, goes, and its
+thread with it.
+"""
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -16,8 +21,9 @@ class Loader(Generic[T]):
     """A thread that keeps up to `depth` produced batches ready."""
 
     def __init__(self, produce: Callable[[], T], depth: int) -> None:
+        """`produce`: a bound method."""
         self.stopping = threading.Event()
-        self._produce = produce
+        self._produce = weakref.WeakMethod(produce)
         self._ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=depth)
         self._thread = threading.Thread(target=self._run, name="headrace-loader", daemon=True)
         self._thread.start()
@@ -33,6 +39,8 @@ class Loader(Generic[T]):
     def stop(self) -> None:
         """End the thread; what it had prepared is dropped."""
         self.stopping.set()
+        if threading.current_thread() is self._thread:  # it held the producer last
+            return
         while self._thread.is_alive():
             try:
                 self._ready.get(timeout=0.01)
@@ -42,8 +50,11 @@ class Loader(Generic[T]):
 
     def _run(self) -> None:
         try:
-            while not self.stopping.is_set():
-                self._ready.put(self._produce())
+            while not self.stopping.is_set() and (produce := self._produce()) is not None:
+                produced = produce()
+                del produce
+                self._ready.put(produced)
+                del produced
         except Stopped:
             pass
         except BaseException as error:

@@ -14,10 +14,10 @@ lanes 0 and 2, rank 1 those of 1 and 3. With DP = 1 one rank packs all four, the
 `Scheduler` knows numpy only; `data_scheduler.dataset.DataScheduler` is the same thing as a PyTorch `IterableDataset`.
 """
 
-import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,8 +157,9 @@ class Scheduler:
         else:
             if self._loader is None:
                 self._loader = Loader(self._produce, self.config.prefetch)
-                # An interpreter that ends while the thread encodes or reads waits for it and it for the interpreter.
-                atexit.register(self.close)
+                # Also where nobody closes this: an interpreter that ends while the thread encodes or reads waits for it
+                # and it for the interpreter.
+                self._end_loader = weakref.finalize(self, _end, self._loader, self._report_arrived)
             produced = self._loader.get()
         produced.batch.wait_s = time.perf_counter() - began
         self._consumed.consume(produced.touched, produced.owed, produced.asked, produced.width)
@@ -337,12 +338,8 @@ class Scheduler:
     def close(self) -> None:
         """Stop the loader thread."""
         if self._loader is not None:
-            with self._report_arrived:
-                self._loader.stopping.set()
-                self._report_arrived.notify_all()
-            self._loader.stop()
+            self._end_loader()
             self._loader = None
-            atexit.unregister(self.close)
 
     # -- producing -----------------------------------------------------------------------------------------------
 
@@ -638,6 +635,14 @@ class Scheduler:
                 if not fresh:
                     self.journal.append("source_added", step, {"source": source.model_dump(mode="json")}, "config")
                 self.journal.append("manifest", step, new[source.name].to_data(), "system")
+
+
+def _end(loader: Loader[_Produced], report_arrived: threading.Condition) -> None:
+    """Stop a scheduler's thread, which may be waiting for a report."""
+    with report_arrived:
+        loader.stopping.set()
+        report_arrived.notify_all()
+    loader.stop()
 
 
 def check_layout(config: DataConfig, dp_rank: int, dp_size: int) -> None:

@@ -1,6 +1,9 @@
 """The contract: the token stream does not depend on world size, prefetch, or where the run was stopped."""
 
+import gc
 import json
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -383,3 +386,19 @@ def test_what_a_person_set_outlives_a_restart_until_the_configuration_changes(
     changed = Scheduler(data_config(sources=weights), run_dir=tmp_path)
     changed.load_state_dict(again.state_dict())
     assert np.bincount(next(changed).source_ids, minlength=4)[3] <= 7
+
+
+def test_a_scheduler_that_nobody_closed_goes_with_its_thread(data_config: Make) -> None:
+    before = set(threading.enumerate())
+    scheduler = Scheduler(data_config(prefetch=2))
+    next(scheduler)
+    (thread,) = set(threading.enumerate()) - before
+    gone = weakref.ref(scheduler)
+    del scheduler
+    for _ in range(600):
+        gc.collect()
+        thread.join(timeout=0.1)  # it may be in the middle of a batch, and hold it until that is ready
+        if not thread.is_alive():
+            break
+    assert not thread.is_alive()
+    assert gone() is None
