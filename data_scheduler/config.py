@@ -138,8 +138,8 @@ class BatchRamp(StrictModel):
     multiply: Annotated[int, Field(ge=2)] | None = None
     """Factor of each time: 2 doubles."""
     every: Annotated[int | float, Field(gt=0)]
-    """From one growth to the next, in the unit in which the stages begin: steps, tokens, or a share of the run. The first
-    is where the stage begins."""
+    """From one growth to the next, in the unit in which the stages begin: steps, tokens, or a share of the run. The
+    first growth is where the stage begins."""
 
 
 class Stage(StrictModel):
@@ -289,6 +289,21 @@ class DataConfig(StrictModel):
                 if source.max_epochs is None:
                     source.max_epochs = self.policy.guard.max_epochs
         return self
+
+
+def with_stages(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` section of a run's raw configuration with what the run's `stages` say about the data.
+
+    Raises ValueError when the section has other stages of its own.
+    """
+    data, stages = dict(raw["data"]), raw.get("stages")
+    if isinstance(stages, list) and stages:
+        keys = Stage.model_fields
+        own = [{k: v for k, v in stage.items() if k in keys} if isinstance(stage, dict) else stage for stage in stages]
+        if data.get("stages", own) not in ([], own):
+            raise ValueError("data.stages is another list than stages; leave it out")
+        data["stages"] = own
+    return data
 
 
 def share_bounds(config: DataConfig, weights: Mapping[str, float] | None = None) -> tuple[list[int], list[int]]:

@@ -594,7 +594,7 @@ class Scheduler:
         check_layout(self.config.lanes, ahead, self._dp_rank, self._dp_size)
         if self._resuming:
             self._record("resumed", self._step, {"dp_size": self._dp_size}, "system")
-        for kind, step, data in configured_events(self.config, self._run_steps, self.plan, self._step):
+        for kind, step, data in list(configured_events(self.config, self._run_steps, self.plan, self._step)):
             self._record(kind, step, data, "config")
         self._begun = True
 

@@ -91,13 +91,18 @@ def changes(seq_len: int, global_batch_size: int, stages: Sequence["Stage"]) -> 
         sizes, every = [stage.global_batch_size or global_batch_size], 0.0
         if stage.batch_ramp is not None:
             sizes, every = _growth(global_batch_size, stage.batch_ramp), stage.batch_ramp.every
-        for turn, global_batch_size in enumerate(sizes):  # noqa: B020  (the last one is what the next stage begins with)
+        for turn, global_batch_size in enumerate(sizes):
             yield Change(stage.begin + turn * every, number, seq_len, global_batch_size)
 
 
 def batch_sizes(global_batch_size: int, stages: Sequence["Stage"]) -> list[int]:
     """Every global batch size of a run, in order."""
     return [global_batch_size, *(change.global_batch_size for change in changes(1, global_batch_size, stages))]
+
+
+def longest_sequence(config: "DataConfig") -> int:
+    """The largest `seq_len` of a run."""
+    return max([config.seq_len, *(stage.seq_len for stage in config.stages if stage.seq_len is not None)])
 
 
 def tokens_before(shape: "Timeline", step: int) -> int:
