@@ -224,7 +224,7 @@ class RunConfig(StrictModel):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    stages: list[RunStage] = []
+    stages: Annotated[list[RunStage], Field(default_factory=list)]
     """What changes over the run, and where."""
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
