@@ -404,10 +404,16 @@ def test_the_worked_example(data_config: Make) -> None:
         ([{"from_step": 1, "weights": {"a": -1.0}}], "greater than or equal to 0"),
         ([{"from_step": 1, "batch_ramp": {"to": 48, "every": 2}}], "batch_ramp: give add or multiply"),
         ([{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "multiply": 2, "every": 2}}], "give add or multiply"),
-        ([{"from_step": 1, "batch_ramp": {"to": 40, "multiply": 2, "every": 2}}], "from 24 a batch does not grow to 40"),
+        (
+            [{"from_step": 1, "batch_ramp": {"to": 40, "multiply": 2, "every": 2}}],
+            "from 24 a batch does not grow to 40",
+        ),
         ([{"from_step": 1, "batch_ramp": {"to": 24, "add": 2, "every": 2}}], "from 24 a batch does not grow to 24"),
         ([{"from_step": 1, "batch_ramp": {"to": 10**9, "add": 1, "every": 2}}], "is more than 1000 times"),
-        ([{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0.5}}], "batch_ramp.every: whole steps, got 0.5"),
+        (
+            [{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0.5}}],
+            "batch_ramp.every: whole steps, got 0.5",
+        ),
         ([{"from_step": 1, "global_batch_size": 8, "batch_ramp": {"to": 48, "add": 2, "every": 1}}], "or batch_ramp"),
         (
             [{"from_step": 1, "batch_ramp": {"to": 96, "multiply": 2, "every": 9}}, {"from_step": 5}],
