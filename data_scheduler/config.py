@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_scheduler import expression
 from data_scheduler.mixture import ONE
+from data_scheduler.stages import UNITS, batch_sizes, check_stages, check_unit, weights_of
 from data_scheduler.template import template_parts
 from headrace.errors import ConfigError
 
@@ -127,10 +128,61 @@ class PolicyConfig(StrictModel):
     """Draw by the configured weights, and only journal what the policy would do (`proposed`)."""
 
 
+class BatchRamp(StrictModel):
+    """A global batch size that grows in steps."""
+
+    to: Annotated[int, Field(ge=1)]
+    """Sequences per step in the end."""
+    add: Annotated[int, Field(ge=1)] | None = None
+    """Sequences added each time; this or `multiply`."""
+    multiply: Annotated[int, Field(ge=2)] | None = None
+    """Factor of each time: 2 doubles."""
+    every: Annotated[int | float, Field(gt=0)]
+    """From one growth to the next, in the unit in which the stages begin: steps, tokens, or a share of the run. The
+    first growth is where the stage begins."""
+
+
+class Stage(StrictModel):
+    """A stretch of the run, up to where the next stage begins. What it does not name stays as it was."""
+
+    from_step: Annotated[int, Field(ge=0)] | None = None
+    """Its first step. One of the three says where a stage begins, the same one in all stages."""
+    from_tokens: Annotated[int, Field(ge=0)] | None = None
+    """It begins with the first step before which the run was given so many tokens: `seq_len` · `global_batch_size` of
+    every step before."""
+    from_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """It begins after this share of the run's steps, 0 to 1; for runs whose length is known (`train.steps`)."""
+    seq_len: Annotated[int, Field(ge=1)] | None = None
+    """`data.seq_len` from here on."""
+    global_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """`data.global_batch_size` from here on."""
+    batch_ramp: BatchRamp | None = None
+    """Lets the global batch size grow from what it was before."""
+    weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = None
+    """The sources' weights from here on; a source that is not named has 0."""
+
+    @model_validator(mode="after")
+    def _begins_and_grows_in_one_way(self) -> "Stage":
+        check_unit(self)
+        return self
+
+    @property
+    def unit(self) -> str:
+        """Which of the three says where it begins."""
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
+
+    @property
+    def begin(self) -> int | float:
+        """Where it begins, in its unit."""
+        begin: int | float = getattr(self, self.unit)
+        return begin
+
+
 def default_lanes(data: Mapping[str, Any]) -> int:
     """Lanes for the `global_batch_size` in `data`, up to MOST_LANES: divided by every data-parallel size that divides
-    the batch, or by as many of these sizes as can be (docs/decisions/009)."""
-    batch = data.get("global_batch_size", MOST_LANES)  # not there when it was refused
+    the batch, or by as many of these sizes as can be (docs/decisions/009). With stages: for the largest batch."""
+    # Either is not there when it was refused.
+    batch = max(batch_sizes(data.get("global_batch_size", MOST_LANES), data.get("stages", ())))
     if batch <= MOST_LANES:
         return int(MOST_LANES - MOST_LANES % batch)
     return max(lanes for lanes in range(1, MOST_LANES + 1) if batch % lanes == 0)
@@ -147,10 +199,13 @@ class DataConfig(StrictModel):
     """Tokens the model sees per sequence; a packed sequence holds `seq_len + 1`."""
     global_batch_size: Annotated[int, Field(ge=1)] = 240
     """Sequences per step, over all data-parallel ranks."""
+    stages: list[Stage] = []
+    """How batch shape and weights change over the run, for a scheduler without our trainer; in a run's configuration
+    they are given under `stages`."""
     lanes: Annotated[int, Field(ge=1, le=65536, default_factory=lambda data: default_lanes(data))]
     """Independent streams the data is dealt to; every data-parallel size that divides both this and the global batch
     size gives the same global batches. Default: the largest multiple of the global batch size up to 240, of a larger
-    batch its largest divisor up to 240. A run keeps what it began with."""
+    batch its largest divisor up to 240; with stages, of the largest batch. A run keeps what it began with."""
     seed: int = 0
     """Seed of every permutation of chunks, documents and slots."""
     packing: Literal["split", "best_fit"] = "split"
@@ -205,15 +260,26 @@ class DataConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _stages_make_sense(self) -> "DataConfig":
+        check_stages(self)
+        return self
+
+    @model_validator(mode="after")
     def _bounds_leave_room(self) -> "DataConfig":
         for source, least, most in zip(self.sources, *share_bounds(self), strict=True):
             if least > most:
                 raise ValueError(f"source {source.name}: min_share is above max_share")
-        low, high = share_bounds(self)
-        if sum(low) > ONE:
-            raise ValueError(f"the sources' least shares sum to {sum(low) / ONE:.6g}, more than 1; lower min_share")
-        if sum(high) < ONE:
-            raise ValueError(f"the sources' largest shares sum to {sum(high) / ONE:.6g}, less than 1; raise max_share")
+        for number in [None, *(n for n, stage in enumerate(self.stages) if stage.weights is not None)]:
+            low, high = share_bounds(self, weights_of(self, number))
+            where = "" if number is None else f"stages.{number}.weights: "
+            if sum(low) > ONE:
+                raise ValueError(
+                    f"{where}the sources' least shares sum to {sum(low) / ONE:.6g}, more than 1; lower min_share"
+                )
+            if sum(high) < ONE:
+                raise ValueError(
+                    f"{where}the sources' largest shares sum to {sum(high) / ONE:.6g}, less than 1; raise max_share"
+                )
         return self
 
     @model_validator(mode="after")
@@ -225,12 +291,30 @@ class DataConfig(StrictModel):
         return self
 
 
-def share_bounds(config: DataConfig) -> tuple[list[int], list[int]]:
-    """Least and largest share of every source, in units of 1/ONE; rounded outwards, so that thirds leave room for 1."""
+def with_stages(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` section of a run's raw configuration with what the run's `stages` say about the data.
+
+    Raises ValueError when the section has other stages of its own.
+    """
+    data, stages = dict(raw["data"]), raw.get("stages")
+    if isinstance(stages, list) and stages:
+        keys = Stage.model_fields
+        own = [{k: v for k, v in stage.items() if k in keys} if isinstance(stage, dict) else stage for stage in stages]
+        if data.get("stages", own) not in ([], own):
+            raise ValueError("data.stages is another list than stages; leave it out")
+        data["stages"] = own
+    return data
+
+
+def share_bounds(config: DataConfig, weights: Mapping[str, float] | None = None) -> tuple[list[int], list[int]]:
+    """Least and largest share of every source, in units of 1/ONE; rounded outwards, so that thirds leave room for 1.
+
+    weights: those in force, where they are others than the sources' own."""
     guard = config.policy.guard
     low, high = [], []
     for source in config.sources:
-        least = source.min_share if source.min_share is not None else guard.min_share if source.weight > 0 else 0.0
+        weight = source.weight if weights is None else weights.get(source.name, 0.0)
+        least = source.min_share if source.min_share is not None else guard.min_share if weight > 0 else 0.0
         low.append(math.floor(least * ONE))
         high.append(math.ceil((guard.max_share if source.max_share is None else source.max_share) * ONE))
     return low, high

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_scheduler.batch import Batch
-from data_scheduler.config import DataConfig
+from data_scheduler.config import DataConfig, with_stages
 from data_scheduler.scheduler import Scheduler
 from headrace.errors import ConfigError
 from headrace.validation import validated
@@ -60,7 +60,7 @@ class DataScheduler(IterableDataset[TorchBatch]):
         """Build from a `DataConfig`, a mapping, or a YAML file (a whole run's configuration, or its `data` section).
 
         With `run_dir` the journal is kept there, and a journal found there is continued. `run_steps` is the length of
-        the whole run, for policies that plan for it. Raises ConfigError, LayoutError or DataError.
+        the whole run, for policies and stages that plan for it. Raises ConfigError, LayoutError or DataError.
         """
         data = config if isinstance(config, DataConfig) else _data_config(config)
         return cls(Scheduler(data, dp_rank=dp_rank, dp_size=dp_size, run_dir=run_dir, run_steps=run_steps))
@@ -102,4 +102,9 @@ def _data_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> DataConf
         file = read_yaml(os.fspath(config))
         raw, where = file.mapping(["data", *DataConfig.model_fields]), str(file.path)
     section: Location = ("data",) if "data" in raw else ()
+    if isinstance(raw.get("data"), Mapping):
+        try:
+            raw = {"data": with_stages(raw)}
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
     return validated(DataConfig, raw.get("data", raw), where, section)

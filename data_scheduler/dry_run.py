@@ -17,12 +17,11 @@ from data_scheduler.config import DataConfig, check_horizon
 from data_scheduler.journal import Journal
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
 from data_scheduler.order import GOLDEN, Int64, lanes_of
-from data_scheduler.plan import Plan
-from data_scheduler.policies import Feedback
+from data_scheduler.plan import Chosen, Plan
+from data_scheduler.policies import Feedback, Policy
 from data_scheduler.policies.context import Context, SourceSize
 from data_scheduler.policies.guard import open_policy
-from data_scheduler.policy_context import tokens_before
-from data_scheduler.timeline import Entry, Timeline
+from data_scheduler.stages import configured_events, tokens_before
 
 UNLIMITED = 1 << 62
 
@@ -39,6 +38,8 @@ class Draw(NamedTuple):
     """int64[sources]: sequences, summing to the global batch."""
     owed: Int64
     """int64[sources]: Σ shares·B less what the mixer drew, in units of 1/ONE sequences."""
+    seq_len: int
+    """Tokens that the model sees of each sequence."""
 
 
 class DryRun:
@@ -52,7 +53,7 @@ class DryRun:
         sizes: Mapping[str, SourceSize] | None = None,
         run_steps: int | None = None,
     ) -> None:
-        """capacities: of sources with `max_epochs`, the sequences that each lane can give, int64[lanes]; a source
+        """capacities: of sources with `max_epochs`, the tokens that each lane can give, int64[lanes]; a source
         without is never through. losses: what a policy that listens is told, as training and held-out losses alike;
         flat when None. sizes: of the sources; all alike when None. run_steps: the length of the run.
 
@@ -60,36 +61,36 @@ class DryRun:
         """
         self.config = config
         self.names = [source.name for source in config.sources]
-        shape = Timeline()
-        shape.put(Entry(0, 0, {"seq_len": config.seq_len, "global_batch_size": config.global_batch_size}, "config"))
+        self.journal = Journal()
+        self.plan = Plan(self.journal)
         alike = SourceSize(1, 1.0)
-        context = Context(
+        self._context = Context(
             names=tuple(self.names),
             run_steps=run_steps,
             horizon=config.policy.horizon,
             seed=config.seed,
             held_out=frozenset(source.name for source in config.sources if source.val_paths),
             size_of=lambda name: alike if sizes is None else sizes[name],
-            tokens_before=lambda step: tokens_before(shape, step),
+            tokens_before=lambda step: tokens_before(self.plan.shape, step),
         )
-        self._policy = open_policy(config, context)
+        self._record("run_started", 0, {"data": config.model_dump(mode="json")})
+        for kind, step, data in list(configured_events(config, run_steps, self.plan, 0)):
+            self._record(kind, step, data)
+        self._chosen, self._policy = self._open_policy(self.plan.chosen(0))
         self.listens = self._policy.uses_feedback
         """Whether the policy looks at losses."""
         check_horizon(config, self.listens)
         self._losses = losses or FlatLosses(self.names)
-        self.journal = Journal()
-        self.plan = Plan(self.journal)
-        self._record("limits", 0, {"max_epochs": {source.name: source.max_epochs for source in config.sources}})
         self._mixer = Mixer(len(self.names))
         self._asked = np.zeros((config.lanes, len(self.names)), dtype=np.int32)
         self._left = np.full((config.lanes, len(self.names)), UNLIMITED, np.int64)
-        """Sequences that lanes can still give."""
+        """Tokens that lanes can still give."""
         self._open = dict(capacities or {})
         """Sources that will be through some day."""
         self._ended: list[int] = []
         """Sources that all lanes are through with; what was still owed to one may be drawn, and is given by others."""
-        for name, sequences in self._open.items():
-            self._left[:, self.names.index(name)] = sequences
+        for name, tokens in self._open.items():
+            self._left[:, self.names.index(name)] = tokens
         self._through = np.zeros(self._left.shape, np.bool_)
         self.first_through: dict[str, int] = {}
         """Step in which a source's first lane was found to be through."""
@@ -99,9 +100,11 @@ class DryRun:
         self._known: tuple[Int64, Int64] = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def __iter__(self) -> Iterator[Draw]:
-        batch, horizon = self.config.global_batch_size, self.config.policy.horizon
-        step = 0
+        horizon, step = self.config.policy.horizon, 0
         while True:
+            shape = self.plan.shape.at(step)
+            batch, seq_len = shape["global_batch_size"], shape["seq_len"]
+            self._change_policy(step)
             heard = [self._reports.pop(0)] if self._reports and self._reports[0].step <= step - horizon else []
             found = self._shares(step, self._policy.weights(step, heard))
             if found is None:
@@ -109,22 +112,34 @@ class DryRun:
             asked, shares = found
             counts = self._mixer.counts(shares, batch)
             if self._open or counts[self._ended].any():
-                given = self._deal(step, counts, shares)
+                given = self._deal(step, counts, shares, seq_len + 1)
                 if given is None:
                     return
                 counts = given
             self._sequences += batch
             if self.listens:
-                self._report(step, counts, shares)
-            yield Draw(step, asked, shares, counts, self._mixer.owed)
+                self._report(step, counts, shares, seq_len)
+            yield Draw(step, asked, shares, counts, self._mixer.owed, seq_len)
             step += 1
 
-    def _report(self, step: int, counts: Int64, shares: Int64) -> None:
+    def _open_policy(self, chosen: Chosen) -> tuple[Chosen, Policy]:
+        return chosen, open_policy(self.config, self._context, chosen.kind, chosen.options, chosen.initial)
+
+    def _change_policy(self, step: int) -> None:
+        """Take up the weights of the stage that begins. As `Scheduler._change_policy`."""
+        chosen, before = self.plan.chosen(step), self._chosen
+        if chosen != before:
+            state = self._policy.state_dict()
+            self._chosen, self._policy = self._open_policy(chosen)
+            if chosen.goes_on_from(before):
+                self._policy.load_state_dict(state)
+
+    def _report(self, step: int, counts: Int64, shares: Int64, seq_len: int) -> None:
         """What a model would report: losses of the sources that gave something."""
         losses = self._losses.at(step)
         drawn_with = dict(zip(self.names, (shares / ONE).tolist(), strict=True))
         drawn = {name: count for name, count in zip(self.names, counts.tolist(), strict=True) if count}
-        tokens = {name: count * self.config.seq_len for name, count in drawn.items()}
+        tokens = {name: count * seq_len for name, count in drawn.items()}
         told = {name: losses[name] for name in drawn}
         self._reports.append(Feedback(step, told, tokens, {name: losses[name] for name in self.names}, drawn_with))
 
@@ -144,35 +159,36 @@ class DryRun:
         self._shares_of, self._known = (dict(wanted), capped), (asked, shares)
         return self._known
 
-    def _deal(self, step: int, counts: Int64, shares: Int64) -> Int64 | None:
-        """The sequences that the step's lanes give for those asked of them; None when a lane has nothing left."""
-        batch, lanes = self.config.global_batch_size, self.config.lanes
+    def _deal(self, step: int, counts: Int64, shares: Int64, width: int) -> Int64 | None:
+        """The sequences, of `width` tokens, that the step's lanes give for those asked of them; None when a lane has
+        nothing left."""
+        batch, lanes = int(counts.sum()), self.config.lanes
         dealt = lanes_of(self._sequences, batch, lanes)
         sources = slots(counts, self._asked, dealt, self.config.seed, step).astype(np.int64)
         places = dealt * len(self.names) + sources
         left = self._left.reshape(-1)
         if batch > lanes:
-            np.subtract.at(left, places, 1)
+            np.subtract.at(left, places, width)
         else:  # 10 µs faster, where no lane comes twice
-            left[places] -= 1
+            left[places] -= width
         short = left[places] < 0
         if short.any():
             # Most lanes have what they are asked for; only the rows of the others are gone through one by one.
             rows = np.flatnonzero(np.isin(dealt, dealt[short]))
-            np.add.at(left, places[rows], 1)
+            np.add.at(left, places[rows], width)
             for row in rows.tolist():
-                given = self._give(int(dealt[row]), int(sources[row]), self._sequences + row, shares)
+                given = self._give(int(dealt[row]), int(sources[row]), self._sequences + row, shares, width)
                 if given is None:
                     return None
                 sources[row] = given
             self._find_through(step)
         return np.bincount(sources, minlength=len(self.names))
 
-    def _give(self, lane: int, source: int, sequence: int, shares: Int64) -> int | None:
+    def _give(self, lane: int, source: int, sequence: int, shares: Int64, width: int) -> int | None:
         """The source of a sequence asked of a lane: another where it is through with that. As `Scheduler._pack`."""
         while True:
-            if self._left[lane, source] > 0:
-                self._left[lane, source] -= 1
+            if self._left[lane, source] >= width:
+                self._left[lane, source] -= width
                 return source
             self._through[lane, source] = True
             left = np.where(self._through[lane], 0, shares)

@@ -78,7 +78,7 @@ class Plan:
         self.policy = Timeline()
         """{"kind", "options"} of policies chosen after the start; of the configuration's also {"weights"}"""
         self.shape = Timeline()
-        """{"seq_len", "global_batch_size"}"""
+        """{"seq_len", "global_batch_size"}, and in a stage {"stage"}: its number"""
         self.limits = Timeline()
         """name → max_epochs, None for no limit"""
         self.settings: dict[str, Timeline] = {kind: Timeline() for kind in SETTINGS}
@@ -131,7 +131,9 @@ class Plan:
             if entry.by_person:
                 self.people.put(entry)
         elif event.kind == "policy":
-            self.policy.put(Entry(event.step, event.seq, data, event.by, command))
+            # Stages are journaled again at every resumption; what people decided for the step where one begins holds.
+            order = -1 - event.seq if "stage" in data else event.seq
+            self.policy.put(Entry(event.step, order, data, event.by, command))
         elif event.kind == "stage":
             self.shape.put(Entry(event.step, event.seq, data, event.by))
         elif event.kind == "limits":

@@ -11,7 +11,7 @@ from data_scheduler.journal import Journal
 from data_scheduler.manifest import Manifest
 from data_scheduler.plan import Plan
 from data_scheduler.policies.context import Context, SourceSize
-from data_scheduler.timeline import Timeline
+from data_scheduler.stages import tokens_before
 from data_scheduler.token_estimate import estimate_tokens
 
 
@@ -64,14 +64,4 @@ def run_context(
         size_of=size_of,
         tokens_before=lambda step: tokens_before(plan().shape, step),
         recall=inputs.recall,
-    )
-
-
-def tokens_before(shape: Timeline, step: int) -> int:
-    """Tokens of the steps before `step`: `seq_len` · `global_batch_size` each, by the batch shapes of a plan."""
-    begins = [begin for begin in shape.turns(step) if begin < step]
-    shapes = [shape.at(begin) for begin in begins]
-    return sum(
-        (end - begin) * value["seq_len"] * value["global_batch_size"]
-        for begin, end, value in zip(begins, [*begins[1:], step], shapes, strict=False)
     )

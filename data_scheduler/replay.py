@@ -129,7 +129,7 @@ class LedgerRow(NamedTuple):
     sequences: int
     tokens: int
     share_asked: float
-    """Mean journaled share over the sequences of the run."""
+    """Mean journaled share over the tokens of the run."""
     share_realised: float
     epochs: float
     """Mean over lanes of the epochs completed; the current one counts by chunks."""
@@ -145,7 +145,7 @@ def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[Ledg
     state = scheduler.state_dict()
     asked = _asked(scheduler.plan, scheduler.names, at)
     given = np.asarray(state["given"]).sum(axis=0)
-    total = max(1, int(given[:, 0].sum()))
+    total = max(1, int(given[:, 1].sum()))
     rows = []
     for number, reader in enumerate(scheduler.readers):
         places = [scheduler.place(lane, number) for lane in range(scheduler.config.lanes)]
@@ -156,7 +156,7 @@ def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[Ledg
                 sequences,
                 tokens,
                 asked[number],
-                sequences / total,
+                tokens / total,
                 _epochs(reader, [position for position, _ in places]),
                 _documents_seen(reader, places, scheduler.config.packing, _joined(run_dir, scheduler, number, at)),
             )
@@ -197,15 +197,16 @@ def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -
 
 
 def _asked(plan: Plan, names: list[str], steps: int) -> list[float]:
-    """Mean share asked for over the run's sequences."""
-    asked, sequences = dict.fromkeys(names, 0.0), 0
+    """Mean share asked for over the run's tokens."""
+    asked, tokens = dict.fromkeys(names, 0.0), 0
     for begin, end in itertools.pairwise(sorted({0, steps, *plan.turns(steps)})):
-        count = (end - begin) * plan.shape.at(begin)["global_batch_size"]
-        sequences += count
+        shape = plan.shape.at(begin)
+        count = (end - begin) * shape["global_batch_size"] * (shape["seq_len"] + 1)
+        tokens += count
         weights = plan.asked(begin) or {}
         for name, weight in weights.items():
             asked[name] += weight / sum(weights.values()) * count
-    return [asked[name] / max(1, sequences) for name in names]
+    return [asked[name] / max(1, tokens) for name in names]
 
 
 def _epochs(reader: SourceReader, positions: list[Position]) -> float:

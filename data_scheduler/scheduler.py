@@ -47,9 +47,11 @@ from data_scheduler.policies.guard import Guard, open_policy
 from data_scheduler.policy_context import PolicyInputs, run_context
 from data_scheduler.sequences import BoolArray, Int32
 from data_scheduler.source import SourceReader
+from data_scheduler.stages import check_layout, configured_events, turns
 from data_scheduler.state import EXHAUSTED, State, Touched
+from data_scheduler.timeline import Timeline
 from data_scheduler.unit_cache import UnitCache
-from headrace.errors import ConfigError, DataError, HeadraceError, LayoutError
+from headrace.errors import ConfigError, DataError, HeadraceError
 from headrace.version import __version__
 
 
@@ -102,7 +104,8 @@ class Scheduler:
         self._recording = threading.Lock()
         fresh = not journal.events
         self.config = config = settled(config, None if fresh else beginning(journal).data["data"])
-        check_layout(config, dp_rank, dp_size)
+        # Of a run that goes on only the stages still to come count; where it goes on is not known before `_begin`.
+        check_layout(config.lanes, turns(config, run_steps, Timeline()) if fresh else [], dp_rank, dp_size)
         known = {event.data["source"]: Manifest.from_data(event.data) for event in journal.of("manifest")}
         for manifest in [*known.values(), *(Manifest.from_data(event.data) for event in journal.of("grown"))]:
             check_unchanged(manifest)
@@ -606,20 +609,13 @@ class Scheduler:
         return event
 
     def _begin(self) -> None:
-        """Journal where iteration begins, and the batch shape when the configuration asks for another from here on."""
+        """Journal where iteration begins, and what the configuration decides from here on."""
+        ahead = turns(self.config, self._run_steps, self.plan.shape, self._step)
+        check_layout(self.config.lanes, ahead, self._dp_rank, self._dp_size)
         if self._resuming:
             self._record("resumed", self._step, {"dp_size": self._dp_size}, "system")
-        shape = {"seq_len": self.config.seq_len, "global_batch_size": self.config.global_batch_size}
-        if self.plan.shape.at(self._step) != shape:
-            self._record("stage", self._step, shape, "config")
-        policy = self.config.model_dump(mode="json", include={"policy"})["policy"]
-        weights = {source.name: source.weight for source in self.config.sources}
-        configured = {"kind": policy["kind"], "options": policy["options"], "weights": weights}
-        if self.plan.configured(self._step) != configured:
-            self._record("policy", self._step, configured, "config")
-        limits = {source.name: source.max_epochs for source in self.config.sources}
-        if (self.plan.limits.at(self._step) or dict.fromkeys(limits)) != limits:
-            self._record("limits", self._step, {"max_epochs": limits}, "config")
+        for kind, step, data in list(configured_events(self.config, self._run_steps, self.plan, self._step)):
+            self._record(kind, step, data, "config")
         self._begun = True
 
     def _record_sources(self, fresh: bool, new: Mapping[str, Manifest]) -> None:
@@ -643,20 +639,3 @@ def _end(loader: Loader[_Produced], report_arrived: threading.Condition) -> None
         loader.stopping.set()
         report_arrived.notify_all()
     loader.stop()
-
-
-def check_layout(config: DataConfig, dp_rank: int, dp_size: int) -> None:
-    """Raise LayoutError unless the data-parallel size divides lanes and global batch."""
-    if not 0 <= dp_rank < dp_size:
-        raise LayoutError(f"data-parallel rank {dp_rank} of {dp_size}: ranks count from 0 to size - 1")
-    if config.lanes % dp_size or config.global_batch_size % dp_size:
-        fitting = [
-            size
-            for size in range(1, config.global_batch_size + 1)
-            if config.lanes % size == 0 and config.global_batch_size % size == 0
-        ]
-        near = sorted(fitting, key=lambda size: (abs(size - dp_size), size))[:3]
-        raise LayoutError(
-            f"data-parallel size {dp_size} must divide data.lanes ({config.lanes}) and data.global_batch_size "
-            f"({config.global_batch_size}); nearest that do: {', '.join(map(str, sorted(near)))}"
-        )

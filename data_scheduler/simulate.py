@@ -30,6 +30,8 @@ from data_scheduler.order import Int64
 from data_scheduler.policies.context import SourceSize
 from data_scheduler.progress import Task
 from data_scheduler.source import SourceReader
+from data_scheduler.stages import Turn, turns
+from data_scheduler.timeline import Timeline
 from data_scheduler.token_estimate import TokenEstimate, estimate_tokens
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError
@@ -53,11 +55,10 @@ class Volume:
     lane_bytes: Int64 | None = None
     """Of a source with `max_epochs`: text dealt to each lane in that many epochs, int64[lanes], bytes."""
 
-    def capacities(self, width: int) -> Int64:
-        """Sequences of `width` tokens that each lane can give, int64[lanes]."""
+    def capacities(self) -> Int64:
+        """Tokens that each lane can give, int64[lanes]."""
         assert self.lane_bytes is not None, "asked of sources with max_epochs only"
-        tokens = self.lane_bytes * (self.estimate.tokens / max(1, self.estimate.text_bytes))
-        return (tokens // width).astype(np.int64)
+        return (self.lane_bytes * (self.estimate.tokens / max(1, self.estimate.text_bytes))).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class SourceOutcome:
     """As configured."""
     max_epochs: int | None
     share_asked: float
-    """Mean of the policy's shares over all steps."""
+    """Mean of the policy's shares over the run's tokens."""
     share_realised: float
     sequences: int
     tokens: int
@@ -107,8 +108,8 @@ class Simulation:
     steps: int
     """Steps that the run does: fewer than `steps_asked` where all data is through before."""
     steps_asked: int
-    seq_len: int
-    global_batch_size: int
+    shapes: list[Turn]
+    """Batch shapes: that of the first step, and every later change."""
     policy: str
     losses: str | None
     """What a policy that listens was told; None: it does not listen."""
@@ -121,7 +122,7 @@ class Simulation:
     asked: Floats
     """float64[points, sources]: the policy's share in that step."""
     realised: Floats
-    """float64[points, sources]: share of all sequences up to and with that step."""
+    """float64[points, sources]: share of all tokens up to and with that step."""
     epochs: Floats
     """float64[points, sources]: epochs up to and with that step, estimated; NaN where not known."""
     notes: list[str] = field(default_factory=list)
@@ -135,13 +136,23 @@ class Simulation:
             "realised": self.realised.T.round(6).tolist(),
             "epochs": [[None if math.isnan(e) else round(e, 6) for e in row] for row in self.epochs.T.tolist()],
         }
-        own = ("steps", "steps_asked", "seq_len", "global_batch_size", "policy", "losses", "most_owed", "notes")
+        own = ("steps", "steps_asked", "policy", "losses", "most_owed", "notes")
         return {
             **{name: getattr(self, name) for name in own},
+            "shapes": [{"step": turn.step, **turn.data} for turn in self.shapes],
             "warnings": self.warnings(),
             "sources": [_finite(asdict(source)) for source in self.sources],
             "points": points,
         }
+
+    @property
+    def said_shape(self) -> str:
+        """Sequences and tokens of a step, for people."""
+        first, last = self.shapes[0], self.shapes[-1]
+        said = f"{first.global_batch_size:,} x {first.seq_len:,}"
+        if len(self.shapes) > 1:
+            said += f" to {last.global_batch_size:,} x {last.seq_len:,}"
+        return said
 
     def warnings(self) -> list[str]:
         """What the run's owner may not have meant, a line each."""
@@ -157,7 +168,7 @@ class Simulation:
 
     def _problems(self, source: SourceOutcome) -> list[str]:
         said = []
-        wanted = source.share_asked * self.steps * self.global_batch_size
+        wanted = source.share_asked * sum(other.sequences for other in self.sources)
         if source.share_asked == 0:
             said.append("weight 0 in every step, nothing is drawn")
         elif wanted < 1:
@@ -224,10 +235,9 @@ def simulate(
     if steps < 1:
         raise ConfigError(f"steps: {steps} cannot be simulated; give at least 1")
     names = [source.name for source in config.sources]
-    width = config.seq_len + 1
     losses = losses or FlatLosses(names)
     capacities = {
-        source.name: volume.capacities(width)
+        source.name: volume.capacities()
         for source, volume in zip(config.sources, volumes, strict=True)
         if volume.lane_bytes is not None and volume.estimate.tokens
     }
@@ -236,12 +246,14 @@ def simulate(
         for source, volume in zip(config.sources, volumes, strict=True)
     }
     run = DryRun(config, capacities, losses, sizes, steps)
-    per_epoch = np.array([volume.estimate.tokens or math.nan for volume in volumes]) / width
+    per_epoch = np.array([volume.estimate.tokens or math.nan for volume in volumes])
     sums = _Sums(steps, per_epoch)
     with Task("simulating", steps) as task:
         draws = itertools.islice(run, steps)
         while block := list(itertools.islice(draws, BLOCK)):
-            sums.add(*(np.array([draw[part] for draw in block]) for part in (1, 3, 4)))
+            widths = np.array([draw.seq_len + 1 for draw in block])
+            asked, counts, owed = (np.array([draw[part] for draw in block]) for part in (1, 3, 4))
+            sums.add(asked, counts, owed, widths)
             task.advance(len(block))
     drawn = np.array(sums.drawn_at).reshape(-1, len(names))
     asked = np.array(sums.asked_at).reshape(-1, len(names)) / ONE
@@ -249,15 +261,14 @@ def simulate(
     return Simulation(
         steps=sums.steps,
         steps_asked=steps,
-        seq_len=config.seq_len,
-        global_batch_size=config.global_batch_size,
+        shapes=[turn for turn in turns(config, steps, Timeline()) if turn.step < steps],
         policy=config.policy.kind,
         losses=losses.said if run.listens else None,
         most_owed=sums.most_owed / ONE,
         sources=[_outcome(run, number, volume, sums, at, asked) for number, volume in enumerate(volumes)],
         at=at,
         asked=asked,
-        realised=drawn / ((at + 1) * config.global_batch_size)[:, None],
+        realised=drawn / drawn.sum(axis=1)[:, None],
         epochs=drawn / per_epoch,
         notes=_notes(run, losses, volumes, sums.steps),
     )
@@ -267,21 +278,24 @@ class _Sums:
     """What is kept of the steps."""
 
     def __init__(self, steps: int, per_epoch: Floats) -> None:
-        """per_epoch: float64[sources], sequences in an epoch; NaN where not known."""
+        """per_epoch: float64[sources], tokens in an epoch; NaN where not known."""
         self.points = np.unique(np.linspace(0, steps - 1, POINTS).astype(np.int64))
         self.steps = 0
+        self.sequences = np.zeros(len(per_epoch), np.int64)
         self.drawn = np.zeros(len(per_epoch), np.int64)
+        """Tokens."""
         self.asked = np.zeros(len(per_epoch))
-        """Sum of the asked shares."""
+        """Tokens that the asked shares were of."""
         self.most_owed = 0
         self.asked_at: list[Int64] = []
         self.drawn_at: list[Int64] = []
         self.passed: list[dict[int, int]] = [{} for _ in per_epoch]
         self._per_epoch = per_epoch
 
-    def add(self, asked: Int64, counts: Int64, owed: Int64) -> None:
-        """Take in the next steps; all int64[steps, sources]."""
-        drawn = self.drawn + counts.cumsum(axis=0)
+    def add(self, asked: Int64, counts: Int64, owed: Int64, widths: Int64) -> None:
+        """Take in the next steps; all int64[steps, sources], `widths` int64[steps]: tokens of a sequence."""
+        tokens = counts * widths[:, None]
+        drawn = self.drawn + tokens.cumsum(axis=0)
         kept = self.points[len(self.asked_at) :] - self.steps
         kept = kept[kept < len(counts)]
         self.asked_at += list(asked[kept])
@@ -292,7 +306,8 @@ class _Sums:
                 passed[epochs] = self.steps + int(drawn[:, source].searchsorted(epochs * self._per_epoch[source]))
                 epochs *= 2
         self.most_owed = max(self.most_owed, int(np.abs(owed).max()))
-        self.asked += asked.sum(axis=0)
+        self.asked += (asked / ONE * tokens.sum(axis=1)[:, None]).sum(axis=0)
+        self.sequences += counts.sum(axis=0)
         self.drawn = drawn[-1]
         self.steps += len(counts)
 
@@ -300,17 +315,16 @@ class _Sums:
 def _outcome(run: DryRun, number: int, volume: Volume, sums: _Sums, at: Int64, asked: Floats) -> SourceOutcome:
     """One source's part. `at`, `asked`: the mixture at some steps."""
     source, estimate = run.config.sources[number], volume.estimate
-    width = run.config.seq_len + 1
-    sequences = int(sums.drawn[number])
-    epochs = sequences * width / estimate.tokens if estimate.tokens else None
+    tokens = int(sums.drawn[number])
+    epochs = tokens / estimate.tokens if estimate.tokens else None
     return SourceOutcome(
         source=source.name,
         weight=source.weight,
         max_epochs=source.max_epochs,
-        share_asked=float(sums.asked[number]) / ONE / max(1, sums.steps),
-        share_realised=sequences / max(1, int(sums.drawn.sum())),
-        sequences=sequences,
-        tokens=sequences * width,
+        share_asked=float(sums.asked[number]) / max(1, int(sums.drawn.sum())),
+        share_realised=tokens / max(1, int(sums.drawn.sum())),
+        sequences=int(sums.sequences[number]),
+        tokens=tokens,
         epochs=epochs,
         epochs_error=None if epochs is None or math.isinf(estimate.error) else epochs * estimate.error,
         epochs_passed=sums.passed[number],

@@ -6,6 +6,7 @@ against a model's numbers and says in one line what does not divide and which ne
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from headrace.errors import LayoutError
 
@@ -59,6 +60,17 @@ class Layout:
         return " ".join(parts)
 
 
+class BatchShape(NamedTuple):
+    """A stage's batch."""
+
+    name: str
+    """What to call the stage in errors."""
+    seq_len: int
+    global_batch_size: int | None
+    """None: held-out data, whose last micro-batches are filled up."""
+    micro_batch_size: int
+
+
 @dataclass(frozen=True)
 class Shape:
     """The numbers of a model and its batch that a layout has to divide."""
@@ -73,6 +85,8 @@ class Shape:
     global_batch_size: int
     micro_batch_size: int
     lanes: int
+    later: tuple[BatchShape, ...] = ()
+    """Batches besides this first one: of stages to come, and held-out data."""
 
 
 def validate(layout: Layout, shape: Shape) -> None:
@@ -169,15 +183,24 @@ def _model_problem(layout: Layout, shape: Shape) -> str | None:
 
 
 def _batch_problem(layout: Layout, shape: Shape) -> str | None:
+    for batch in (BatchShape("", shape.seq_len, shape.global_batch_size, shape.micro_batch_size), *shape.later):
+        problem = _stage_problem(layout, batch)
+        if problem is not None:
+            return f"{batch.name}: {problem}" if batch.name else problem
+    if shape.lanes % layout.data_parallel_size:
+        return f"lanes {shape.lanes} is not a multiple of the data-parallel size {layout.data_parallel_size}"
+    return None
+
+
+def _stage_problem(layout: Layout, shape: BatchShape) -> str | None:
     dp, cp, micro = layout.data_parallel_size, layout.context_parallel_size, shape.micro_batch_size
-    if shape.global_batch_size % dp:
-        return f"global_batch_size {shape.global_batch_size} is not a multiple of the data-parallel size {dp}"
-    if shape.lanes % dp:
-        return f"lanes {shape.lanes} is not a multiple of the data-parallel size {dp}"
-    if shape.global_batch_size // dp % micro:
+    batch = dp * micro if shape.global_batch_size is None else shape.global_batch_size
+    if batch % dp:
+        return f"global_batch_size {batch} is not a multiple of the data-parallel size {dp}"
+    if batch // dp % micro:
         return (
-            f"global_batch_size {shape.global_batch_size} over data-parallel size {dp} leaves "
-            f"{shape.global_batch_size // dp} sequences, not a multiple of micro_batch_size {micro}"
+            f"global_batch_size {batch} over data-parallel size {dp} leaves "
+            f"{batch // dp} sequences, not a multiple of micro_batch_size {micro}"
         )
     if cp > 1 and shape.seq_len % (2 * cp):
         return f"seq_len {shape.seq_len} is not a multiple of 2 x context_parallel_size {cp}"
@@ -186,8 +209,8 @@ def _batch_problem(layout: Layout, shape: Shape) -> str | None:
             f"micro_batch_size x seq_len = {shape.seq_len // cp * micro} tokens are not a multiple of "
             f"tensor_parallel_size {layout.tensor_parallel_size}, which sequence_parallel needs"
         )
-    if layout.virtual_pipeline_parallel_size:
-        micro_batches = shape.global_batch_size // dp // micro
+    if layout.virtual_pipeline_parallel_size and shape.global_batch_size is not None:
+        micro_batches = batch // dp // micro
         if micro_batches % layout.pipeline_parallel_size:
             return (
                 f"{micro_batches} micro-batches are not a multiple of pipeline_parallel_size "

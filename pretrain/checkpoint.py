@@ -29,6 +29,7 @@ from headrace.errors import CheckpointError
 from headrace.version import __version__
 from parallel import accelerator, exchange
 from parallel.engine import dist_checkpointing, parallel_state
+from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
 from pretrain.step import TrainState
 
@@ -60,8 +61,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        names = (path.name for path in self.folder.glob("step-*") if (path / "meta.json").is_file())
-        return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdecimal())
+        return complete_steps(self.run_dir)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of `step`."""
@@ -212,6 +212,7 @@ def _finish(partial: Path, final: Path, state: TrainState, data_state: Mapping[s
         "tokens": progress.tokens,
         "layout": asdict(state.layout),
         "model": _identity(state),
+        "stage": {key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
         "config": state.config.model_dump(mode="json"),
     }
     publish(partial, final, meta)

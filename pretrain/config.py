@@ -6,14 +6,14 @@
 
 import ipaddress
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from data_scheduler.config import DataConfig, StrictModel
+from data_scheduler.config import DataConfig, Stage, StrictModel, with_stages
 from headrace.errors import ConfigError
 from headrace.validation import validated
 from headrace.yaml_file import dump_yaml, parse_yaml, read_yaml
@@ -205,6 +205,18 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+class RunStage(Stage):
+    """A stretch of the run, up to where the next stage begins. What it does not name stays as it was before; before the
+    first stage that is what the other sections say."""
+
+    rope_base: PositiveFloat | None = None
+    """`model.rope_base` from here on."""
+    micro_batch_size: Positive | None = None
+    """`train.micro_batch_size` from here on: fewer sequences at once, where they are longer."""
+    lr_scale: PositiveFloat | None = None
+    """Factor of the learning rate from here on."""
+
+
 class RunConfig(StrictModel):
     """The whole configuration of a run; `headrace config schema` prints it as JSON schema."""
 
@@ -212,12 +224,28 @@ class RunConfig(StrictModel):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    stages: Annotated[list[RunStage], Field(default_factory=list)]
+    """What changes over the run, and where."""
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     control: ControlConfig = ControlConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_has_its_stages(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("data"), Mapping) or not raw.get("stages"):
+            return raw
+        try:
+            _STAGES.validate_python(raw["stages"])
+        except ValidationError:
+            return raw  # to be named once, under `stages`
+        return {**raw, "data": with_stages(raw)}
+
+
+_STAGES = TypeAdapter(list[RunStage])
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -257,7 +285,7 @@ def validate_config(raw: dict[str, Any], where: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; reading it back gives an equal object."""
-    return dump_yaml(config.model_dump(mode="json"))
+    return dump_yaml(config.model_dump(mode="json", exclude={"data": {"stages"}} if config.stages else None))
 
 
 def config_schema() -> str:

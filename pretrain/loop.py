@@ -19,6 +19,7 @@ import torch
 from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
 from data_scheduler.batch import Batch, RejectedRecord
 from data_scheduler.config import SourceConfig
+from data_scheduler.stages import tokens_before
 from data_scheduler.state import LANE_ARRAYS, Snapshots
 from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
@@ -34,6 +35,7 @@ from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.sizes import layout_shape
 from pretrain.progress import Progress
+from pretrain.stages import settings_of
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
 VOCAB_MULTIPLE = 128
@@ -122,7 +124,7 @@ class Run:
         with (
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
             _stopping_on_signals(self._ask_to_stop),
-            Progress(steps, first, self._shows_progress()) as progress,
+            Progress(steps, first, self._shows_progress(), given=self._tokens_before) as progress,
         ):
             if not resumed:
                 self._evaluate(sinks, progress)
@@ -199,9 +201,10 @@ class Run:
         began = time.perf_counter()
         scale = setting(self.scheduler, "lr_scale", 1.0)
         batch = next(self.scheduler)
-        size = self.config.train.micro_batch_size
+        stage = self.state.stage = settings_of(self.config, self.scheduler.plan.shape.at(batch.step))
+        size = stage.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
-        lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * scale
+        lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * stage.lr_scale * scale
         result = train_step(self.state, microbatches, lr)
         losses, tokens = self._by_source(result)
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
@@ -218,6 +221,9 @@ class Run:
         record: Record = {
             "step": batch.step,
             "tokens": self.done.tokens,
+            "input_tokens": self._tokens_before(batch.step + 1),
+            "seq_len": stage.seq_len,
+            "global_batch_size": stage.global_batch_size,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": lr,
@@ -255,8 +261,12 @@ class Run:
         """SHA-256 of the step's global batch; the same for every layout."""
         parts = exchange.gather_bytes_over_data_parallel(b"".join(batch.digests))
         ranks = [[part[at : at + 32] for at in range(0, len(part), 32)] for part in parts]
-        # Slot i belongs to rank i mod dp_size, counted from where the sequence count stands: a multiple of dp_size.
-        return batch_sha256([digest for row in zip(*ranks, strict=True) for digest in row])
+        # Sequence g of the run belongs to rank g mod dp_size. Steps before may have had fewer sequences than ranks.
+        first = (self.ranks.dp_rank - int(batch.slots[0])) % len(ranks)
+        return batch_sha256([digest for row in zip(*ranks[first:], *ranks[:first], strict=True) for digest in row])
+
+    def _tokens_before(self, step: int) -> int:
+        return tokens_before(self.scheduler.plan.shape, step)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.done.step % every == 0

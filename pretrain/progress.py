@@ -39,7 +39,9 @@ class Progress:
         console: Console | None = None,
         every_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        given: Callable[[int], int] = int,
     ) -> None:
+        """given: work before a step, by which the time left is told; every step alike by default."""
         self._total = total_steps
         self._start = start_step
         # Standard error: what a command prints to standard output can then be piped.
@@ -47,6 +49,7 @@ class Progress:
         self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
         self._every_s = every_s
         self._clock = clock
+        self._given = given
         self._started_at = self._printed_at = clock()
         self._printed = False
         self._tokens_per_s = 0.0
@@ -105,7 +108,8 @@ class Progress:
             f"data wait {100 * self._waiting:.1f}%",
         ]
         if done < self._total:
-            left = (now - self._started_at) / (done - self._start) * (self._total - done)
+            before, by_now, in_all = (self._given(step) for step in (self._start, done, self._total))
+            left = (now - self._started_at) / (by_now - before) * (in_all - by_now)
             parts.append(f"{clock_time(left)} left")
         return "  ".join(parts)
 

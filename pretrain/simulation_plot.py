@@ -55,7 +55,7 @@ def _draw_shares(simulation: Simulation, axes: Any, colours: list[Any], many: bo
                       markeredgecolor="white", zorder=5)  # fmt: skip
     axes.set_title(
         f"{simulation.policy} mixture of {len(simulation.sources)} sources   "
-        f"{simulation.steps:,} steps of {simulation.global_batch_size:,} x {simulation.seq_len:,} tokens",
+        f"{simulation.steps:,} steps of {simulation.said_shape} tokens",
         loc="left", pad=10,
     )  # fmt: skip
     axes.set_xlabel("step")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from data_scheduler.stages import longest_sequence
 from parallel import accelerator, process_groups
 from parallel.attention import PackedDocuments, context_parallel_index, pack_documents
 from parallel.engine import get_forward_backward_func
@@ -20,6 +21,7 @@ from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, update
+from pretrain.stages import StageSettings, first_settings
 
 
 @dataclass
@@ -35,6 +37,8 @@ class TrainState:
     layout: Layout
     ranks: Ranks
     num_sources: int
+    stage: StageSettings
+    """What holds for the step at hand; between two steps, for the one before."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def build_state(
     chunks = build_model(
         config.model,
         layout,
-        config.data.seq_len,
+        longest_sequence(config.data),
         vocab_size,
         train.precision,
         train.recompute,
@@ -70,7 +74,7 @@ def build_state(
     )
     optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision)
     sources = len(config.data.sources) if num_sources is None else num_sources
-    return TrainState(chunks, wrapped, optimizer, config, layout, ranks, sources)
+    return TrainState(chunks, wrapped, optimizer, config, layout, ranks, sources, first_settings(config))
 
 
 def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float) -> StepResult:
@@ -159,7 +163,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             position_ids[0],
             seq_len,
             head_size(model),
-            model.rope_base,
+            state.stage.rope_base,
             DTYPES[state.config.train.precision],
             held,
             gathered,

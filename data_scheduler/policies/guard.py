@@ -48,7 +48,7 @@ def open_policy(
     initial = {source.name: source.weight for source in config.sources} if initial is None else initial
     policy = make_policy(kind, options, initial, context)
     guard = config.policy.guard
-    bounds = zip((source.name for source in config.sources), *share_bounds(config), strict=True)
+    bounds = zip((source.name for source in config.sources), *share_bounds(config, initial), strict=True)
     own = {name: (least, most) for name, least, most in bounds if name in initial}
     low, high = [own[name][0] for name in initial], [own[name][1] for name in initial]
     if sum(high) < ONE:  # the others have yet to enter; what these must give for them until then is no bound

@@ -85,8 +85,7 @@ def _print(simulation: "Simulation", config: Path, picture: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     table = Table(
         title=escape(
-            f"{config}: {simulation.steps:,} steps of {simulation.global_batch_size:,} sequences, "
-            f"policy {simulation.policy}"
+            f"{config}: {simulation.steps:,} steps of {simulation.said_shape} tokens, policy {simulation.policy}"
         )
     )
     table.add_column("source")

@@ -36,12 +36,16 @@ def to_hf(
     out = _check_target(out, force)
     meta = read_meta(checkpoint)
     model, vocab_size, config = _model(meta, checkpoint)
+    # Weights are of the stage they were trained in; a checkpoint that was converted itself has none.
+    stage = meta.get("stage", {})
+    model = model.model_copy(update={"rope_base": stage.get("rope_base", model.rope_base)})
+    seq_len = stage.get("seq_len", config["data"]["seq_len"])
     hf_family(model)
     tokenizer = _tokenizer_path(config, tokenizer)
     encoder = load_tokenizer(tokenizer, vocab_size)
     natives = list(native_tensors(model, vocab_size))
     weights = NativeReader(checkpoint, natives)
-    hf_config = to_hf_config(model, vocab_size, config["data"]["seq_len"], weights.dtype, encoder)
+    hf_config = to_hf_config(model, vocab_size, seq_len, weights.dtype, encoder)
     generation = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
 
     partial = out.with_name(out.name + ".partial")

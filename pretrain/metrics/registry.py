@@ -38,6 +38,15 @@ class Metric:
 METRICS: Final = (
     Metric("step", "gauge", "steps", "optimizer step, from 0", "headrace_step"),
     Metric("tokens", "counter", "tokens", "target tokens trained on so far, this step's included", "headrace_tokens"),
+    Metric(
+        "input_tokens",
+        "counter",
+        "tokens",
+        "tokens the model was given so far, this step's included: seq_len · global_batch_size of every step",
+        "headrace_input_tokens",
+    ),
+    Metric("seq_len", "gauge", "tokens", "tokens of each of the step's sequences", "headrace_seq_len"),
+    Metric("global_batch_size", "gauge", "sequences", "sequences of the step", "headrace_global_batch_size"),
     Metric("loss", "gauge", "nats/token", "mean loss over the step's target tokens", "headrace_loss"),
     Metric("grad_norm", "gauge", "1", "global gradient norm before clipping", "headrace_grad_norm"),
     Metric("lr", "gauge", "1", "learning rate of the step's update", "headrace_learning_rate"),

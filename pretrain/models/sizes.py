@@ -7,8 +7,9 @@ last norm that is 106,816 parameters.
 
 from typing import NamedTuple
 
-from parallel.layout import Shape
+from parallel.layout import BatchShape, Shape
 from pretrain.config import ModelConfig, RunConfig
+from pretrain.stages import batches_ahead, settings_of
 
 
 class Family(NamedTuple):
@@ -73,8 +74,12 @@ def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple
 
 
 def layout_shape(config: RunConfig, vocab_size: int) -> Shape:
-    """The numbers of a run that its layout has to divide."""
-    model, data = config.model, config.data
+    """The numbers of a run that its layout has to divide, from its newest checkpoint on."""
+    model = config.model
+    now, *later = (settings_of(config, turn.data) for turn in batches_ahead(config))
+    batches = [BatchShape(f"stages.{s.number}", s.seq_len, s.global_batch_size, s.micro_batch_size) for s in later]
+    if config.train.eval_sequences:
+        batches.append(BatchShape("held-out data", config.data.seq_len, None, config.train.micro_batch_size))
     return Shape(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -82,10 +87,11 @@ def layout_shape(config: RunConfig, vocab_size: int) -> Shape:
         num_query_groups=query_groups(model),
         ffn_hidden_size=model.ffn_hidden_size,
         vocab_size=vocab_size,
-        seq_len=data.seq_len,
-        global_batch_size=data.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        lanes=data.lanes,
+        seq_len=now.seq_len,
+        global_batch_size=now.global_batch_size,
+        micro_batch_size=now.micro_batch_size,
+        lanes=config.data.lanes,
+        later=tuple(batches),
     )
 
 

@@ -163,7 +163,7 @@ def capped(data_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 def given_by_lanes(scheduler: Scheduler, source: int) -> Any:
-    return np.asarray(scheduler.state_dict()["given"])[:, source, 0]
+    return np.asarray(scheduler.state_dict()["given"])[:, source, 1]
 
 
 @settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])

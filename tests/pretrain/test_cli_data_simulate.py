@@ -46,7 +46,7 @@ def test_a_table_warnings_and_a_plot(config: Path, tmp_path: Path) -> None:
     picture = tmp_path / "plots" / "mixture.png"
     done = headrace("data", "simulate", config, "--out", picture, "data.sources.d.weight=0")
     assert done.returncode == 0, done.stderr
-    assert "150 steps of 8 sequences, policy static" in done.stdout
+    assert "150 steps of 8 x 64 tokens, policy static" in done.stdout
     assert "tokens in an epoch" in done.stdout
     assert "rest on an estimate of the tokens" in done.stdout
     assert "warning: a: through at step" in done.stdout
