@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_scheduler.bands import BandFilter
 from data_scheduler.batch import RejectedRecord
 from data_scheduler.chunks import Chunks
 from data_scheduler.config import DataConfig, SourceConfig
@@ -70,6 +71,8 @@ class SourceReader:
         if data.token_cache and not marked and config.format not in TOKEN_KINDS:
             self._tokens = TokenCache(data.token_cache, encoder.fingerprint, self.token_dtype)
         self._read_as = [config.format, config.text_key, config.template, config.where, config.max_document_bytes]
+        if config.band is not None:
+            self._read_as += BandFilter(config.band).key
         self._original = manifest
         self.grow([])
         if not self.chunks:
@@ -150,8 +153,7 @@ class SourceReader:
             documents = [records.documents[place] for place in places.tolist()]
             tokens = [self.encoder.encode(text) if isinstance(text, str) else text for text in documents]
             rejected = [(reject.record, reject.reason) for reject in self.rejects[rejects:]]
-            read = len(records.documents) - records.filtered
-            cached = CachedChunk(places, tokens, read, rejected)
+            cached = CachedChunk(places, tokens, records.read, rejected)
             self._tokens.store(key, cached)
         else:
             path = self.chunks[chunk].unit.path
@@ -206,7 +208,7 @@ class SourceReader:
             number, within = self.record_number(chunk, records, reject.record)
             where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
             rejected.append(RejectedRecord(self.config.name, path, where, reject.reason))
-        self._count(len(records.documents) - records.filtered, rejected)
+        self._count(records.read, rejected)
 
     def _count(self, read: int, rejected: list[RejectedRecord]) -> None:
         self._records_read += read
