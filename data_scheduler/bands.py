@@ -16,6 +16,8 @@ from typing import Any
 
 from data_scheduler.config import BandConfig, DataConfig, SourceConfig
 
+BIGGEST = 1 << 1023
+"""Whole numbers from here on have no float."""
 LENGTH = "length"
 """The name of the number that every text has."""
 
@@ -28,7 +30,9 @@ def band_of(value: float, edges: Sequence[float], order: str) -> int:
 
 def is_number(value: Any) -> bool:
     """Whether records can be told apart by it: finite, and not true or false."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < BIGGEST
+    return type(value) is float and math.isfinite(value)
 
 
 class BandFilter:
@@ -37,15 +41,16 @@ class BandFilter:
     def __init__(self, band: BandConfig) -> None:
         self.by, self.from_text, self.takes_strays = band.by, band.from_text, band.number == 1
         self._number, self._edges, self._order = band.number, band.edges, band.order
+        bounds = [-math.inf, *band.edges, math.inf]
+        place = band.number - 1 if band.order == "ascending" else len(band.edges) + 1 - band.number
+        self._low, self._high = bounds[place], bounds[place + 1]
 
     def holds(self, value: float) -> bool:
-        """Whether a record with this number is one of the band's."""
-        return band_of(value, self._edges, self._order) == self._number
+        """Whether a record with this finite number is one of the band's; as `band_of`, for one band."""
+        return self._low <= value < self._high
 
-    def without(self, value: Any) -> str | None:
-        """Why a record whose field is `value` is in no band; None when it is in one."""
-        if is_number(value):
-            return None
+    def without(self, value: Any) -> str:
+        """Why a record whose field is `value`, which is no number, is in no band."""
         said = "missing" if value is None else f"{value!r:.40}, not a number"
         return f"field {self.by!r} is {said}, so the record is in no band"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_scheduler import expression
-from data_scheduler.bands import BandFilter
+from data_scheduler.bands import BandFilter, is_number
 from data_scheduler.config import SourceConfig
 from data_scheduler.formats.records import MarkedText, Records
 from data_scheduler.template import template_parts
@@ -114,13 +114,13 @@ class Extractor:
         if self.band is None or self.band.from_text:
             return True
         value = lookup(row, self.band.by)
-        if (problem := self.band.without(value)) is not None:
-            records.reject(problem)
-            return False
-        if not self.band.holds(value):
+        if not is_number(value):
+            records.reject(self.band.without(value))
+        elif self.band.holds(value):
+            return True
+        else:
             records.leave_to_others()
-            return False
-        return True
+        return False
 
     def _marked(self, text: str, row: Mapping[str, Any]) -> MarkedText:
         """The text with what carries no loss marked, and its weight. Raises _Unusable."""

@@ -80,7 +80,8 @@ class Records:
     def leave_to_others(self) -> None:
         """Record the next record as one of another band."""
         self._put_elsewhere(len(self.documents))
-        self.leave_out()
+        self.filtered += 1
+        self.documents.append(None)
 
     def without_strays(self) -> "Records":
         """The records with rejects that are not known to be of this band left to the band that takes them."""
@@ -102,5 +103,6 @@ class Records:
         return Records(documents, rejects, filtered, elsewhere)
 
     def _put_elsewhere(self, place: int) -> None:
-        self.elsewhere.extend(bytes(max(0, place + 1 - len(self.elsewhere))))
+        if place >= len(self.elsewhere):
+            self.elsewhere.extend(bytes(place + 1 - len(self.elsewhere)))
         self.elsewhere[place] = 1

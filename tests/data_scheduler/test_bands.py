@@ -22,7 +22,7 @@ from small_corpus import make_documents
 
 from data_scheduler import DataConfig, Scheduler
 from data_scheduler.band_edges import measure
-from data_scheduler.bands import band_of, is_number, split
+from data_scheduler.bands import BandFilter, band_of, is_number, split
 from data_scheduler.chunks import cut_pieces
 from data_scheduler.config import BandConfig, SourceConfig
 from data_scheduler.copies import CopyFolder
@@ -98,11 +98,15 @@ def test_every_number_is_in_exactly_one_interval(edges: list[float], value: floa
     inside = [number for number, (low, high) in enumerate(zip(lows, highs, strict=True), 1) if low <= value < high]
     assert len(inside) == 1
     assert band_of(value, edges, order) == (inside[0] if order == "ascending" else len(lows) + 1 - inside[0])
+    one = {"of": "s", "by": "q", "order": order, "edges": edges, "measured": True, "from_text": False}
+    bands = [BandConfig(number=n + 1, shares=[1.0] * len(lows), **one) for n in range(len(lows))]  # type: ignore[arg-type]
+    holding = [band.number for band in bands if BandFilter(band).holds(value)]
+    assert holding == [band_of(value, edges, order)]
 
 
 @pytest.mark.parametrize(
     ("value", "good"),
-    [(1, True), (0.5, True), (True, False), (None, False), ("0.5", False), (math.nan, False), (math.inf, False)],
+    [(1, True), (0.5, True), (10**400, False), (True, False), (None, False), ("0.5", False), (math.nan, False), (math.inf, False)],
 )
 def test_what_is_a_number(value: Any, good: bool) -> None:
     assert is_number(value) is good
