@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, validate_call
@@ -11,7 +12,7 @@ from data_scheduler.policies import Feedback
 from data_scheduler.policies.context import Context
 from data_scheduler.policies.distribution import normalized
 from data_scheduler.policies.outer import Outer
-from data_scheduler.policies.pacing_functions import PLAIN, Function, cyclical, root, step
+from data_scheduler.policies.pacing_functions import PLAIN, Function, band_by_band, cyclical, root, step
 from headrace.errors import ConfigError
 
 UNITS = ("step", "tokens", "share")
@@ -34,7 +35,8 @@ class Pacing:
     order: which bands come first: easy ones (`curriculum`), hard ones (`anti`), or a seeded order (`random`). The
         latter two are controls, those of Wu et al. 2021 (arXiv 2012.03107): with the same pacing, does the order help?
     start: c(0); the first band when not given, for `constant` everything.
-    exponent: p of `root`.    levels: n of `step`; the source's bands.    cycles: m of `cyclical`.
+    exponent: p of `root`, 2.    cycles: m of `cyclical`, 4.
+    levels: n of `step`; without it and `start` a band more each time.
     replay: r.
     from_step, to_step | from_tokens, to_tokens | from_share, to_share: where x is 0 and 1; the whole run. Tokens are
         those of the steps before, `seq_len` · `global_batch_size` each; a share is one of `train.steps`.
@@ -146,8 +148,13 @@ class _Pace:
         """sizes: the bands in the order they are opened in, each with its part of the source's text; sum 1."""
         self._sizes, self._ends_open = dict(sizes), function != "constant"
         self._b = start if start is not None else next(iter(sizes.values())) if self._ends_open else 1.0
-        given = {"root": partial(root, exponent=2.0 if exponent is None else exponent)}
+        given: dict[str, Callable[[float, float], float]] = {
+            "root": partial(root, exponent=2.0 if exponent is None else exponent)
+        }
         given["step"] = partial(step, levels=len(sizes) if levels is None else levels)
+        if levels is None and start is None:
+            ends = list(accumulate(sizes.values()))
+            given["step"] = lambda x, b: band_by_band(x, ends)
         given["cyclical"] = partial(cyclical, cycles=4.0 if cycles is None else cycles)
         self._open: Callable[[float, float], float] = given.get(function) or PLAIN[function]
 

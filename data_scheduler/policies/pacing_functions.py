@@ -5,7 +5,7 @@ gives the part c of the data that is open, 0 < c ≤ 1. At x = 1 all is open, bu
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 Function = Literal["constant", "linear", "root", "step", "geometric", "cyclical"]
@@ -30,10 +30,15 @@ def root(x: float, b: float, exponent: float) -> float:
 
 
 def step(x: float, b: float, levels: int) -> float:
-    """c = b + (1 − b)·⌊n·x⌋/(n − 1): n levels of equal time. With n the number of bands and b the first of them, as
-    large as the others, they are the Baby Steps of Spitkovsky et al. 2010 (NAACL), a band more each time; with n = 2
-    the single step of Hacohen and Weinshall 2019 (arXiv 1904.03626)."""
+    """c = b + (1 − b)·⌊n·x⌋/(n − 1): n levels of equal time; with n = 2 the single step of Hacohen and Weinshall 2019
+    (arXiv 1904.03626)."""
     return b + (1 - b) * math.floor(levels * x) / (levels - 1)
+
+
+def band_by_band(x: float, ends: Sequence[float]) -> float:
+    """c = s_k, k = 1 + ⌊K·x⌋, of K bands that end at s_1 … s_K: a band more each time, whatever their sizes. The Baby
+    Steps of Spitkovsky et al. 2010 (NAACL); with replay 0 a band at a time, as in Bengio et al. 2009 (ICML)."""
+    return ends[math.floor(len(ends) * x)]
 
 
 def geometric(x: float, b: float) -> float:

@@ -106,7 +106,16 @@ def test_every_number_is_in_exactly_one_interval(edges: list[float], value: floa
 
 @pytest.mark.parametrize(
     ("value", "good"),
-    [(1, True), (0.5, True), (10**400, False), (True, False), (None, False), ("0.5", False), (math.nan, False), (math.inf, False)],
+    [
+        (1, True),
+        (0.5, True),
+        (10**400, False),
+        (True, False),
+        (None, False),
+        ("0.5", False),
+        (math.nan, False),
+        (math.inf, False),
+    ],
 )
 def test_what_is_a_number(value: Any, good: bool) -> None:
     assert is_number(value) is good

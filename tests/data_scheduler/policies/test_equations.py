@@ -352,6 +352,10 @@ def test_pacing_replays_easier_bands() -> None:
     assert bands(made, 40) == pytest.approx([0.1, 0.2, 0.7, 0])
     # c = 1: 0.1, 0.2, 0.3 share 0.3
     assert bands(made, 100) == pytest.approx([0.05, 0.1, 0.15, 0.7])
+    # Bands of unequal sizes: still one more each quarter of the run.
+    by_band = pacing("step", sizes)
+    assert bands(by_band, 25) == pytest.approx([1 / 3, 2 / 3, 0, 0])
+    assert bands(by_band, 74) == pytest.approx([1 / 6, 1 / 3, 1 / 2, 0])
     one_at_a_time = pacing("step", replay=0.0)
     assert [bands(one_at_a_time, step).index(1.0) for step in (0, 24, 25, 50, 75, 99)] == [0, 0, 1, 2, 3, 3]
 
