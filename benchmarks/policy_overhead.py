@@ -49,6 +49,7 @@ def options(kind: str, sources: int) -> dict[str, Any]:
     return {
         "aioli": {"round_steps": 2000},
         "doremi": {"reference": "recorded"},
+        "pacing": {"function": "root", "replay": 0.1},
         "schedule": {"stages": stages, "shape": "cosine"},
         "skill_it": {"round_steps": 100, "graph": {"s00": dict.fromkeys(names_of(sources), 0.5)}},
     }.get(kind, {})
@@ -67,6 +68,7 @@ def opened(kind: str, sources: int) -> Policy:
         tuple(names),
         run_steps=100_000,
         horizon=HORIZON,
+        bands={"halves": tuple(names[: sources // 2]), "others": tuple(names[sources // 2 :])},
         held_out=frozenset(names),
         size_of=lambda name: SourceSize(1 << 30, 1e8 * (1 + names.index(name))),
         tokens_before=lambda step: step * TOKENS,
@@ -210,7 +212,7 @@ def main() -> None:
     given = parser.parse_args()
     kinds = [
         "static", "proportional", "temperature", "unimax", "schedule", "odm", "ado", "skill_it", "doremi", "aioli",
-        "mastery",
+        "mastery", "pacing",
     ]  # fmt: skip
     results = measure(kinds, given.steps, lambda line: print(line, flush=True))
     waits = {kind: latency(kind) for kind in ("odm",)}

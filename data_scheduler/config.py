@@ -4,6 +4,7 @@ Everything that shapes the order of the data is here and nowhere else, so that t
 journal are enough to replay a run.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -30,6 +31,62 @@ MOST_LANES = 240
 OPEN_BYTES = 1 << 30
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 64 << 10, 4 << 20
 Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Ease = Literal["ascending", "descending"]
+
+
+class BandsConfig(StrictModel):
+    """Bands of a source: records are told apart by a number that each has, and every band is a source of its own, in
+    mixtures, losses and commands. `NAME.1` is the easiest."""
+
+    by: Annotated[str, Field(min_length=1)]
+    """Field with the number; dots go into nested objects. `length` is the characters of the text where records have no
+    such field."""
+    count: Annotated[int, Field(ge=2, le=100)] | None = None
+    """So many bands that hold equal amounts of text; where they begin is measured when the source enters the run."""
+    edges: Annotated[list[Number], Field(min_length=1, max_length=99)] | None = None
+    """Instead of `count`: the numbers, ascending, at which the next band begins."""
+    order: Ease = "ascending"
+    """Which records are easy: those with low numbers (`ascending`) or with high ones (`descending`)."""
+
+    @model_validator(mode="after")
+    def _can_be_cut(self) -> "BandsConfig":
+        if (self.count is None) == (self.edges is None):
+            raise ValueError("give either count or edges")
+        if self.edges is not None and any(low >= high for low, high in itertools.pairwise(self.edges)):
+            raise ValueError(f"edges must ascend, got {', '.join(f'{edge:g}' for edge in self.edges)}")
+        return self
+
+    @property
+    def number(self) -> int:
+        """How many bands there are."""
+        return self.count or len(self.edges or []) + 1
+
+
+class BandConfig(StrictModel):
+    """What makes a source one band of another."""
+
+    of: str
+    """The source with `bands`."""
+    number: Annotated[int, Field(ge=1)]
+    """1 is the easiest."""
+    by: str
+    order: Ease
+    edges: list[Number]
+    """Where bands begin, ascending: a record is in the interval [edge, next edge) that its number is in."""
+    measured: bool
+    """Whether the edges were measured, not given."""
+    from_text: bool
+    """Whether the number is the text's characters, not a field."""
+    shares: list[Share]
+    """Each band's part of the source's text, easiest first."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "BandConfig":
+        count = len(self.shares)
+        if self.number > count or len(self.edges) + 1 != count or sorted(set(self.edges)) != self.edges:
+            raise ValueError("edges, shares and number do not go together; `band` is written by a run, not by people")
+        return self
 
 
 class SourceConfig(StrictModel):
@@ -53,6 +110,10 @@ class SourceConfig(StrictModel):
     """Text made of several fields, e.g. `"{title}\\n\\n{text}"`; replaces `text_key`."""
     where: str | None = None
     """Filter on fields, e.g. `lang == 'de' and quality > 0.7`; records it does not hold for are left out."""
+    bands: BandsConfig | None = None
+    """Split the source by a number of its records, for a curriculum; a record without one is rejected."""
+    band: BandConfig | None = None
+    """Written by a run in the place of `bands`, for each band; not for people."""
     prompt: str | None = None
     """Text of fields put before each document, e.g. `"Question: {question}\\nAnswer: "`; the model reads them, but they
     carry no loss."""
@@ -87,6 +148,10 @@ class SourceConfig(StrictModel):
                 template_parts(template)
         if self.where is not None:
             expression.parse(self.where)
+        if self.bands is not None and not (self.min_share is None and self.max_share is None):
+            raise ValueError(
+                "min_share and max_share bound one source, bands are several; bound them with policy.guard"
+            )
         return self
 
 
@@ -252,6 +317,7 @@ class DataConfig(StrictModel):
     @model_validator(mode="after")
     def _names_are_unique(self) -> "DataConfig":
         names = [source.name for source in self.sources]
+        names += [band for source in self.sources for band in band_names(source)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"source name used twice: {', '.join(twice)}")
@@ -304,6 +370,11 @@ def with_stages(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError("data.stages is another list than stages; leave it out")
         data["stages"] = own
     return data
+
+
+def band_names(source: SourceConfig) -> list[str]:
+    """Names of the bands that a source will be split into, easiest first; none without `bands`."""
+    return [] if source.bands is None else [f"{source.name}.{number + 1}" for number in range(source.bands.number)]
 
 
 def share_bounds(config: DataConfig, weights: Mapping[str, float] | None = None) -> tuple[list[int], list[int]]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_scheduler.assumed_losses import AssumedLosses, FlatLosses
+from data_scheduler.bands import bands_of
 from data_scheduler.config import DataConfig, check_horizon
 from data_scheduler.journal import Journal
 from data_scheduler.mixture import ONE, Mixer, quantize, slots
@@ -69,6 +70,7 @@ class DryRun:
             run_steps=run_steps,
             horizon=config.policy.horizon,
             seed=config.seed,
+            bands=bands_of(config),
             held_out=frozenset(source.name for source in config.sources if source.val_paths),
             size_of=lambda name: alike if sizes is None else sizes[name],
             tokens_before=lambda step: tokens_before(self.plan.shape, step),

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_scheduler import expression
+from data_scheduler.bands import BandFilter, is_number
 from data_scheduler.config import SourceConfig
 from data_scheduler.formats.records import MarkedText, Records
 from data_scheduler.template import template_parts
@@ -33,10 +34,12 @@ class Extractor:
         self.filter_fields: list[str] = []
         if config.where:
             self.where, self.filter_fields = expression.parse(config.where)
+        self.band = None if config.band is None else BandFilter(config.band)
+        ranked = [] if self.band is None or self.band.from_text else [self.band.by]
         fields = [field for _, field in self.parts + self.prompt] + [self.masked_key or "", self.weight_key or ""]
-        self.columns = sorted(_roots([field for field in fields if field]) | _roots(self.filter_fields))
+        self.columns = sorted(_roots([field for field in fields if field]) | _roots([*self.filter_fields, *ranked]))
         """Top-level fields needed; column formats read only these."""
-        self.text_columns = sorted({field for _, field in self.parts if field} - set(self.filter_fields))
+        self.text_columns = sorted({field for _, field in self.parts if field} - {*self.filter_fields, *ranked})
         """Fields that are text whatever they look like, for formats whose types are guessed."""
         self.max_bytes = config.max_document_bytes
         self._refused: tuple[str, str] | None = None
@@ -46,6 +49,7 @@ class Extractor:
         """Whether a record's text is simply one top-level field."""
         return (
             self.where is None
+            and self.band is None
             and not self.is_marked
             and self.parts == [("", self.text_key)]
             and "." not in self.text_key
@@ -64,8 +68,13 @@ class Extractor:
                 records.reject(unlike[number])
             elif kept is not None and number not in kept:
                 records.leave_out()
-            else:
+            elif self._is_own(row, records):
                 self._add_text(row, records)
+
+    def add_bare(self, text: str, records: Records) -> None:
+        """Add a text that has no fields besides."""
+        if self._is_own({}, records):
+            self.add_document(text, records)
 
     def too_long(self, size: int) -> str:
         """The reason to reject a record of `size` bytes or more."""
@@ -79,11 +88,15 @@ class Extractor:
 
     def add_document(self, text: str, records: Records, marked: MarkedText | None = None) -> None:
         """Add a text (as `marked`, where given) as a document, or as a reject when it is too long."""
+        own = self.band is not None
+        if self.band is not None and self.band.from_text and not self.band.holds(len(text)):
+            records.leave_to_others()
+            return
         # A character is at most four bytes; only what may be too long is measured.
         if 4 * len(text) > self.max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > self.max_bytes:
-            records.reject(self.too_long(size))
+            records.reject(self.too_long(size), own)
         elif self._refused is not None and self._refused[0] in text:
-            records.reject(self._refused[1])
+            records.reject(self._refused[1], own)
         else:
             records.documents.append(text if marked is None else marked)
 
@@ -92,9 +105,22 @@ class Extractor:
             text = _fill(self.parts, row, self.is_template)
             marked = self._marked(text, row) if self.is_marked else None
         except _Unusable as problem:
-            records.reject(str(problem))
+            records.reject(str(problem), own=self.band is not None and not self.band.from_text)
         else:
             self.add_document(text, records, marked)
+
+    def _is_own(self, row: Mapping[str, Any], records: Records) -> bool:
+        """Whether a record may be this band's; adds it to `records` when it is another's or in none."""
+        if self.band is None or self.band.from_text:
+            return True
+        value = lookup(row, self.band.by)
+        if not is_number(value):
+            records.reject(self.band.without(value))
+        elif self.band.holds(value):
+            return True
+        else:
+            records.leave_to_others()
+        return False
 
     def _marked(self, text: str, row: Mapping[str, Any]) -> MarkedText:
         """The text with what carries no loss marked, and its weight. Raises _Unusable."""

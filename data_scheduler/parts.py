@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data_scheduler.bands import base_name
 from data_scheduler.blocks import Block, cut
 from data_scheduler.chunks import Chunk
 from data_scheduler.config import DataConfig, SourceConfig
@@ -70,6 +71,10 @@ class PartReader:
 
     def read(self, chunk: Chunk) -> Records:
         """The chunk's own records. A unit that cannot be read gives one reject that says so."""
+        records, band = self._read(chunk), self._units.extractor.band
+        return records if band is None or band.takes_strays else records.without_strays()
+
+    def _read(self, chunk: Chunk) -> Records:
         unit, extractor = chunk.unit, self._units.extractor
         if chunk.parts == 1:
             return self._units.read(unit)
@@ -101,7 +106,7 @@ class PartReader:
         path = chunk.unit.path
         if not chunk.copied and path not in self._larger:
             try:
-                held = self._cache.get((self._config.name, path, chunk.block), lambda: self._held(chunk))
+                held = self._cache.get((base_name(self._config), path, chunk.block), lambda: self._held(chunk))
                 return held.blocks.get(chunk.part, [])
             except _TooLarge:
                 self._larger.add(path)

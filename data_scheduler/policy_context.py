@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+from data_scheduler.bands import bands_of, part_of
 from data_scheduler.config import DataConfig
 from data_scheduler.encoder import Encoder
 from data_scheduler.journal import Journal
@@ -49,7 +50,7 @@ def run_context(
 
     def measure(name: str) -> list[float]:
         estimate = estimate_tokens(config, sources[name], manifests[name], encoder)
-        return [estimate.text_bytes, estimate.tokens]
+        return [int(estimate.text_bytes * part_of(sources[name])), estimate.tokens]
 
     def size_of(name: str) -> SourceSize:
         text_bytes, tokens = inputs.recall(f"size of {name}", lambda: measure(name))
@@ -60,6 +61,7 @@ def run_context(
         run_steps=run_steps,
         horizon=config.policy.horizon,
         seed=config.seed,
+        bands=bands_of(config),
         held_out=frozenset(source.name for source in config.sources if source.val_paths),
         size_of=size_of,
         tokens_before=lambda step: tokens_before(plan().shape, step),

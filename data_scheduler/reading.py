@@ -79,6 +79,8 @@ class UnitReader:
             return columns.read_arrow(file, unit, self.extractor)
         if kind == "csv":
             return csv.read(file, codec, self.extractor)
+        if self.extractor.band is not None and kind in ("npy", *TOKEN_KINDS):
+            return rejected("files of token ids have no number to tell bands by")
         if kind == "npy":
             return tokens.read_npy(file, self._vocabulary)
         if kind in TOKEN_KINDS:

@@ -27,6 +27,7 @@ import numpy as np
 from data_scheduler.batch import Batch, RejectedRecord, Segments
 from data_scheduler.config import DataConfig, SourceConfig, check_horizon
 from data_scheduler.control import Decision, settle
+from data_scheduler.curriculum import banded, take_manifests
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import beginning, check_same_run, sample_texts, settled
 from data_scheduler.journal import Event, Journal, Kind
@@ -95,7 +96,6 @@ class Scheduler:
         Raises ConfigError, LayoutError or DataError.
         """
         self._replaying, self._hashing = replaying, hashing
-        self.names = [source.name for source in config.sources]
         self._dp_rank, self._dp_size = dp_rank, dp_size
         if journal is None:
             path = None if run_dir is None else Path(run_dir) / "journal.jsonl"
@@ -103,6 +103,8 @@ class Scheduler:
         self.journal = journal
         self._recording = threading.Lock()
         fresh = not journal.events
+        config = banded(config, journal)
+        self.names = [source.name for source in config.sources]
         self.config = config = settled(config, None if fresh else beginning(journal).data["data"])
         # Of a run that goes on only the stages still to come count; where it goes on is not known before `_begin`.
         check_layout(config.lanes, turns(config, run_steps, Timeline()) if fresh else [], dp_rank, dp_size)
@@ -110,7 +112,7 @@ class Scheduler:
         for manifest in [*known.values(), *(Manifest.from_data(event.data) for event in journal.of("grown"))]:
             check_unchanged(manifest)
         self._index = LayoutIndex(config.cache_folder() / "index.sqlite")
-        new = {source.name: Manifest.take(source, self._index) for source in config.sources if source.name not in known}
+        new = take_manifests([source for source in config.sources if source.name not in known], self._index)
         manifests = known | new
         self.encoder = encoder or load_encoder(
             config.tokenizer, fast=config.fast_tokenizer, samples=sample_texts(config, manifests)

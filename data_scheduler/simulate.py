@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_scheduler.assumed_losses import AssumedLosses, FlatLosses, RecordedLosses
+from data_scheduler.bands import part_of
 from data_scheduler.config import DataConfig
 from data_scheduler.dry_run import DryRun
 from data_scheduler.encoder import load_encoder
@@ -242,7 +243,7 @@ def simulate(
         if volume.lane_bytes is not None and volume.estimate.tokens
     }
     sizes = {
-        source.name: SourceSize(volume.estimate.text_bytes, volume.estimate.tokens)
+        source.name: SourceSize(int(volume.estimate.text_bytes * part_of(source)), volume.estimate.tokens)
         for source, volume in zip(config.sources, volumes, strict=True)
     }
     run = DryRun(config, capacities, losses, sizes, steps)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_scheduler.bands import BandFilter
 from data_scheduler.batch import RejectedRecord
 from data_scheduler.chunks import Chunks
 from data_scheduler.config import DataConfig, SourceConfig
@@ -73,6 +74,8 @@ class SourceReader:
         if data.token_cache and not marked and config.format not in TOKEN_KINDS:
             self._tokens = TokenCache(data.token_cache, encoder.fingerprint, self.token_dtype)
         self._read_as = [config.format, config.text_key, config.template, config.where, config.max_document_bytes]
+        if config.band is not None:
+            self._read_as += BandFilter(config.band).key
         self._original = manifest
         self.grow([])
         if not self.chunks:
@@ -170,14 +173,13 @@ class SourceReader:
         records, places = self.records(chunk)
         found = records.documents
         rejected = [(reject.record, reject.reason) for reject in self.rejects[rejects:]]
-        read = len(found) - records.filtered
         if key is not None and self._tokens is not None:
             for place in places.tolist():
                 text = found[place]
                 found[place] = self.encoder.encode(text) if isinstance(text, str) else text
             tokens = [found[place] for place in places.tolist()]
-            self._tokens.store(key, CachedChunk(places, tokens, read, rejected))
-        return KeptChunk(found, places, read, rejected)
+            self._tokens.store(key, CachedChunk(places, tokens, records.read, rejected))
+        return KeptChunk(found, places, records.read, rejected)
 
     def _count_again(self, chunk: int, read: int, rejected: list[tuple[str, str]]) -> None:
         """Account for a chunk as when it was read from its file."""
@@ -228,7 +230,7 @@ class SourceReader:
             number, within = self.record_number(chunk, records, reject.record)
             where = f"{number}" if within is None else f"{number} of bytes {within[0]}-{within[1]}"
             rejected.append(RejectedRecord(self.config.name, path, where, reject.reason))
-        self._count(len(records.documents) - records.filtered, rejected)
+        self._count(records.read, rejected)
 
     def _count(self, read: int, rejected: list[RejectedRecord]) -> None:
         self._records_read += read

@@ -13,31 +13,27 @@ not assumed. A source of at most 256 KB is read as a whole, and its tokens are c
 
 import itertools
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from data_scheduler.blocks import Block
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, as_utf8
-from data_scheduler.formats import lines
-from data_scheduler.formats.compression import CODECS, Damage, decoded
-from data_scheduler.formats.records import Document, MarkedText, Unit
+from data_scheduler.formats.records import Document, MarkedText
 from data_scheduler.manifest import Manifest
 from data_scheduler.paths import file_kind
-from data_scheduler.pieces import TEXT_PER_COMPRESSED_BYTE, Piece
+from data_scheduler.pieces import Piece
 from data_scheduler.reading import UnitReader
+from data_scheduler.sample_places import beginning, good, places_of, window
 from data_scheduler.source import boundary_tokens
 
 PLACES = 8
 PLACE_BYTES = 32 << 10
 WHOLE_BYTES = PLACES * PLACE_BYTES
 """A source of at most this much text is read as a whole."""
-WIDEST_BYTES = 2 << 20
-"""Where no line begins in PLACE_BYTES, up to this much is looked through."""
 DECODED_BYTES = 8 << 20
 """Text of compressed files decoded per source: 20 ms for zstd, 80 for gzip, and less than 1 % is lost at its edges."""
 UNIT_BYTES = 64 << 20
@@ -125,62 +121,21 @@ def _looked_at(units: UnitReader, pieces: Sequence[Piece], whole: bool) -> Itera
     """Runs of documents, and the bytes of the manifest that each stands for."""
     if whole:
         for piece in pieces:
-            yield _good(units.read(piece.unit).documents), piece.size
+            yield good(units.read(piece.unit).documents), piece.size
         return
-    ends = list(itertools.accumulate(piece.size for piece in pieces))
-    places: dict[int, list[int]] = {}
-    for place in range(PLACES):
-        at = (2 * place + 1) * ends[-1] // (2 * PLACES)
-        number = bisect_right(ends, at)
-        places.setdefault(number, []).append(at - (ends[number] - pieces[number].size))
+    places = places_of(pieces, PLACES)
     read = 0
     for number, offsets in places.items():
         piece = pieces[number]
         if piece.cut == "bytes":
             for offset in offsets:
-                yield _window(units, piece, offset)
+                yield window(units, piece, offset, PLACE_BYTES)
         elif piece.cut == "lines":
-            documents, stands_for = _beginning(units, piece, DECODED_BYTES // len(places))
+            documents, stands_for = beginning(units, piece, DECODED_BYTES // len(places))
             yield from _spread(documents, stands_for, len(offsets))
         elif read < UNIT_BYTES:
             read += piece.size
-            yield from _spread(_good(units.read(piece.unit).documents), piece.size, len(offsets))
-
-
-def _good(documents: Sequence[Document | None]) -> list[Document]:
-    return [document for document in documents if document is not None]
-
-
-def _window(units: UnitReader, piece: Piece, offset: int) -> tuple[list[Document], float]:
-    """The documents whose lines begin in some bytes of a plain file, and the bytes of these lines."""
-    wide = PLACE_BYTES
-    while True:
-        start = max(0, min(offset, piece.size - wide))
-        records = units.read(Unit(piece.unit.path, start, min(start + wide, piece.size)))
-        documents = _good(records.documents)
-        if documents or wide >= min(WIDEST_BYTES, piece.size):
-            return documents, records.size + len(records.documents)  # a newline each
-        wide *= 8
-
-
-def _beginning(units: UnitReader, piece: Piece, limit: int) -> tuple[list[Document], float]:
-    """The documents in the first `limit` bytes of a compressed file's text, and the bytes of the manifest they are."""
-    path = piece.unit.path
-    codec = CODECS[file_kind(path, units.config.format)[1] or ""]
-    text = bytearray()
-    stands_for = float(piece.size)
-    try:
-        with units.open(path) as file:
-            for part in decoded(file, codec):
-                text += part
-                if len(text) >= limit:
-                    end = text.rfind(b"\n") + 1
-                    stands_for = file.tell() * TEXT_PER_COMPRESSED_BYTE * end / len(text)
-                    del text[end:]
-                    break
-    except (OSError, Damage):
-        pass  # what could be read is the sample; a run names what is wrong with the file
-    return _good(lines.read_blocks([Block(0, bytes(text))], units.extractor).documents), stands_for
+            yield from _spread(good(units.read(piece.unit).documents), piece.size, len(offsets))
 
 
 def _spread(documents: list[Document], stands_for: float, places: int) -> Iterator[tuple[list[Document], float]]:

@@ -4,6 +4,7 @@
     docs/metrics.md         from the list in `pretrain.metrics.registry`
     docs/preparation.md     from the pydantic models of `data_scheduler.prep.config`
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
+    docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
     docs/mixing.md          its table of costs, from benchmarks/results/policy_overhead.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
@@ -238,12 +239,33 @@ def mixing() -> str:
     return re.sub(r"(<!-- overhead -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)
 
 
+def bands() -> str:
+    """The page with its table of costs made from the result file."""
+    page = (DOCS / "how-to" / "curriculum-by-bands.md").read_text(encoding="utf-8")
+    result = json.loads((DOCS.parent / "benchmarks" / "results" / "data_bands.json").read_text())
+    by_format: dict[str, list[Schema]] = {}
+    for row in result["rows"]:
+        by_format.setdefault(row["format"], []).append(row)
+    counts = [row["bands"] for row in next(iter(by_format.values())) if row["bands"] > 1]
+    heads = [f"{n} bands" for n in counts] + [f"{n} bands, token cache" for n in counts]
+    table = [
+        (
+            f"`{name}`",
+            *(f"{row[key]:.2f} times" for key in ("of_one", "cached_of_one") for row in rows if row["bands"] > 1),
+        )
+        for name, rows in by_format.items()
+    ]
+    body = f"{_table(('', *heads), table)}\n{_facts(result)}"
+    return re.sub(r"(<!-- bands -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)
+
+
 PAGES = {
     "configuration.md": configuration,
     "metrics.md": metrics,
     "preparation.md": preparation,
     "data_speed.md": data_speed,
     "mixing.md": mixing,
+    "how-to/curriculum-by-bands.md": bands,
 }
 
 if __name__ == "__main__":

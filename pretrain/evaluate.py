@@ -80,7 +80,8 @@ class HeldOut:
 def _first_sequences(
     source: SourceConfig, config: DataConfig, encoder: Encoder, count: int, rejects: list[RejectedRecord]
 ) -> list[tuple[Int64, Segments]]:
-    """The first `count` sequences of one pass over the source's held-out files; fewer when they hold less."""
+    """The first `count` sequences of one pass over the source's held-out files; fewer when they hold less, none when
+    they hold nothing of a band."""
     held_out = source.model_copy(update={"paths": source.val_paths, "val_paths": [], "max_epochs": 1})
     single_lane = config.model_copy(update={"lanes": 1})
     reader = SourceReader(held_out, Manifest.take(held_out), single_lane, encoder, UnitCache())
@@ -91,6 +92,8 @@ def _first_sequences(
             row = np.empty(config.seq_len + 1, dtype=np.int64)
             sequences.append((row, packer.pack(row)))
     except ExhaustedError:
+        if not sequences and source.band and not any(len(reader.records(n)[1]) for n in range(len(reader.chunks))):
+            return []  # the held-out files hold nothing of this band
         if not sequences:  # less than one sequence in all: go round until it is full
             reader.max_epochs = None
             sequences.append((row, PACKERS["split"](LaneStream(reader, 0, Position()), Carry()).pack(row)))

@@ -100,6 +100,10 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(self.run_dir)
         exchange.only_first_rank(self._open_folder, ranks.rank)
         self.scheduler = exchange.first_rank_first(self._open_scheduler, ranks.rank)
+        # Sources with bands have become these.
+        own = {"sources": self.scheduler.config.sources, "stages": self.scheduler.config.stages}
+        data = config.data.model_copy(update=own)
+        self.config = config = config.model_copy(update={"data": data})
         tokens = self.scheduler.encoder.vocab_size
         vocab_size = padded_vocab_size(config, tokens)
         check_vocabulary(vocab_size, tokens)

@@ -20,7 +20,9 @@ def read(file: IO[bytes], codec: Codec | None, extractor: Extractor) -> Records:
         return records
     records.size = len(data)
     try:
-        records.documents.append(data.removeprefix(BOM).decode())
+        text = data.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         records.reject(f"not valid UTF-8 at byte {error.start}")
+    else:
+        extractor.add_bare(text, records)
     return records

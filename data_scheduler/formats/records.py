@@ -42,6 +42,8 @@ class Reject(NamedTuple):
     record: int
     """Place of the record within its unit."""
     reason: str
+    own: bool = False
+    """Of a band: whether the record is known to be one of its own."""
 
 
 @dataclass
@@ -51,16 +53,23 @@ class Records:
     documents: list[Document | None] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     filtered: int = 0
-    """Records that the source's `where` left out."""
+    """Records that the source's `where` left out, or that are in other bands."""
+    elsewhere: bytearray = field(default_factory=bytearray)
+    """Of a band: 1 for each record that is in another band; ends after the last of them."""
     size: int = 0
     """Bytes of text, for caches."""
     blocks: list[tuple[int, int]] = field(default_factory=list)
     """Line files: (place of its first record, number) of every block these records were read from."""
 
-    def reject(self, reason: str) -> None:
+    @property
+    def read(self) -> int:
+        """Records that rejects are a part of: all but those that `where` left out, those in other bands included."""
+        return len(self.documents) - self.filtered + self.elsewhere.count(1)
+
+    def reject(self, reason: str, own: bool = False) -> None:
         """Record the next record as unusable."""
         told = " ".join(reason[: 2 * REASON_CHARACTERS].split())  # one line, whatever a library quotes of the data
-        self.rejects.append(Reject(len(self.documents), told[:REASON_CHARACTERS]))
+        self.rejects.append(Reject(len(self.documents), told[:REASON_CHARACTERS], own))
         self.documents.append(None)
 
     def leave_out(self) -> None:
@@ -68,8 +77,32 @@ class Records:
         self.filtered += 1
         self.documents.append(None)
 
+    def leave_to_others(self) -> None:
+        """Record the next record as one of another band."""
+        self._put_elsewhere(len(self.documents))
+        self.filtered += 1
+        self.documents.append(None)
+
+    def without_strays(self) -> "Records":
+        """The records with rejects that are not known to be of this band left to the band that takes them."""
+        for reject in self.rejects:
+            if not reject.own:
+                self._put_elsewhere(reject.record)
+                self.filtered += 1
+        self.rejects = [reject for reject in self.rejects if reject.own]
+        return self
+
     def only(self, places: range) -> "Records":
         """The records at `places`, as if they were all."""
         documents = [self.documents[place] for place in places]
-        rejects = [Reject(places.index(place), reason) for place, reason in self.rejects if place in places]
-        return Records(documents, rejects, sum(document is None for document in documents) - len(rejects))
+        rejects = [
+            reject._replace(record=places.index(reject.record)) for reject in self.rejects if reject[0] in places
+        ]
+        filtered = sum(document is None for document in documents) - len(rejects)
+        elsewhere = self.elsewhere[places.start : places.stop : places.step]
+        return Records(documents, rejects, filtered, elsewhere)
+
+    def _put_elsewhere(self, place: int) -> None:
+        if place >= len(self.elsewhere):
+            self.elsewhere.extend(bytes(place + 1 - len(self.elsewhere)))
+        self.elsewhere[place] = 1

@@ -26,6 +26,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "doremi": "data_scheduler.policies.doremi:DoReMi",
     "mastery": "data_scheduler.policies.mastery:Mastery",
     "odm": "data_scheduler.policies.odm:Odm",
+    "pacing": "data_scheduler.policies.pacing:Pacing",
     "proportional": "data_scheduler.policies.proportional:Proportional",
     "schedule": "data_scheduler.policies.schedule:Schedule",
     "skill_it": "data_scheduler.policies.skill_it:SkillIt",

@@ -5,8 +5,8 @@ run begins, written to the journal (`policy_input`), and read back from there wh
 decides with the numbers it began with, though files may have changed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from headrace.errors import ConfigError
@@ -46,6 +46,8 @@ class Context:
     """`data.policy.horizon`: steps until a measurement may shape a batch."""
     seed: int = 0
     """`data.seed`, for policies that need an order: `order.permutation(size, context.seed, "name", …)`."""
+    bands: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Sources that were split into bands → the bands' names, easiest first."""
     held_out: frozenset[str] | None = None
     """Sources with `val_paths`; None: not known here."""
     size_of: Callable[[str], SourceSize] = _not_known

@@ -52,10 +52,11 @@ def index(
 
     A run that follows opens no file twice. With --copies it also finds the copies that it needs.
     """
+    from data_scheduler.curriculum import banded
     from data_scheduler.index_report import index_sources, make_copies
     from pretrain.config import load_config
 
-    data = load_config(config, overrides or []).data
+    data = banded(load_config(config, overrides or []).data)
     found = list(index_sources(data))
     reports = [report for report, _ in found]
     if copies:

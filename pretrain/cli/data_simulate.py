@@ -32,6 +32,7 @@ def simulate(
 
     Reads file sizes and some 256 KB of every source; nothing else, and no model.
     """
+    from data_scheduler.curriculum import banded
     from data_scheduler.dry_run import DryRun
     from data_scheduler.simulate import estimate_sources
     from data_scheduler.simulate import simulate as simulate_steps
@@ -39,6 +40,7 @@ def simulate(
     from pretrain.simulation_plot import plot_simulation
 
     data, configured = load_data_config(config, overrides or [])
+    data = banded(data)
     number = steps or configured
     if number is None:
         raise ConfigError(f"{config} has no train.steps; give --steps N")

@@ -193,6 +193,8 @@ def _added_source(command: ask.AddSource, stand: Stand) -> tuple[list[Decision],
     scheduler, source = stand.scheduler, command.source
     if source.name in scheduler.names:
         raise RefusedError(f"the run has a source {source.name!r}")
+    if source.bands or source.band:
+        raise RefusedError("bands cannot enter a live run; stop it, add the source to its configuration, and resume")
     horizon, prefetch = scheduler.config.policy.horizon, scheduler.config.prefetch
     if (source.watch or source.max_epochs) and horizon <= prefetch:
         raise RefusedError(f"data.policy.horizon: {horizon} must be larger than data.prefetch ({prefetch})")

@@ -5,6 +5,7 @@ from typing import Any
 
 from data_scheduler import Scheduler
 from data_scheduler.config import SourceConfig
+from data_scheduler.curriculum import banded
 from data_scheduler.journal import Journal
 from parallel import exchange
 from pretrain.config import ControlConfig, RunConfig
@@ -79,7 +80,7 @@ def with_live_sources(config: RunConfig) -> RunConfig:
     journal = Journal(path, writable=False)
     if not any(event.by.startswith("user:") for event in journal.of("source_added")):
         return config
-    sources = list(config.data.sources)
+    sources = list(banded(config.data, journal, measuring=False).sources)
     known = {source.name for source in sources}
     place = len(journal.events[0].data["data"]["sources"])
     for event in journal.of("source_added"):

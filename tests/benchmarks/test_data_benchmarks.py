@@ -86,6 +86,14 @@ def test_policies_are_measured(tmp_path: Path) -> None:
     assert "of a data step" in shown
 
 
+def test_bands_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "bands.json"
+    run("data_bands.py", "--megabytes", "1", "--repeats", "1", "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["format"], row["bands"]) for row in rows if row["of_one"] == 1.0} >= {(".jsonl", 1), (".parquet", 1)}
+    assert all(row["tokens_per_cpu_s"] > 0 and row["cached_tokens_per_cpu_s"] > 0 for row in rows)
+
+
 def test_scale_plans_and_deals(tmp_path: Path) -> None:
     out = tmp_path / "scale.json"
     small = ("--ranks", "8", "--lanes", "48", "--sources", "5", "--files", "2000", "--batches", "16", "--steps", "20")

@@ -160,6 +160,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing(live: Any, tmp_path: Path
     assert "not paused" in run.refused("resume")
     assert "the run has a source 'a'" in run.refused("add-source", source={"name": "a", "paths": ["x"]})
     assert "no file at" in run.refused("add-source", source={"name": "e", "paths": [str(tmp_path / "nowhere.jsonl")]})
+    banded = {"name": "e", "paths": ["x"], "bands": {"by": "q", "count": 2}}
+    assert "bands cannot enter a live run" in run.refused("add-source", source=banded)
     assert "journal has" in run.refused("undo", event=10_000_000)
     assert "not asked for by a command" in run.refused("undo", event=0)
     saved = run.accepted("save-now")

@@ -132,6 +132,49 @@ def test_a_policy_survives_stop_elastic_resume_and_replay(
     assert (run_dir / "journal.jsonl").read_bytes().startswith(journal)
 
 
+@pytest.mark.parametrize("outer", ["static", "odm"])
+@pytest.mark.parametrize("guard", [{}, {"min_share": 0.02, "max_change": 0.1, "update_every": 2}])
+def test_a_curriculum_survives_stop_elastic_resume_and_replay(
+    data_config: Make, tmp_path: Path, outer: str, guard: dict[str, Any]
+) -> None:
+    data = data_config().model_dump()
+    data["sources"][1]["bands"] = {"by": "length", "count": 3}
+    data["sources"][3]["bands"] = {"by": "length", "count": 2, "order": "descending"}
+    between = {"kind": outer, "options": {"warmup_steps": 4} if outer == "odm" else {}}
+    options = {"function": "root", "replay": 0.25, "outer": between, "to_share": 0.8}
+    policy = {"kind": "pacing", "options": options, "horizon": 3, "guard": guard}
+    config = DataConfig.model_validate(data | {"policy": policy, "prefetch": 2})
+    run_dir, kept = tmp_path / "run", dict[Any, Any]()
+    whole = Scheduler(config, run_dir=run_dir, run_steps=STEPS)
+    model = Model(whole.names)
+    expected = go([whole], model, 0, STEPS, kept)
+    whole.close()
+    assert whole.names == ["a", "b.1", "b.2", "b.3", "c", "d.1", "d.2"]
+    mixtures = [event.data["weights"] for event in whole.journal.of("mixture") if event.by == "policy:pacing"]
+    assert len(mixtures) > 2
+    least = guard.get("min_share", 0.0)
+    assert min(min(weights.values()) for weights in mixtures) == pytest.approx(least, abs=1e-9)
+    if outer == "static" and not guard:
+        assert all(sum(weights[f"b.{n}"] for n in (1, 2, 3)) == pytest.approx(0.3) for weights in mixtures)
+        assert (mixtures[0]["b.1"], mixtures[-1]["b.3"]) == pytest.approx((0.3, 0.3 * 0.75))
+
+    save_state(tmp_path / "state.npz", kept[STOP])
+    ranks = []
+    for rank in range(3):
+        journal = None if rank == 0 else Journal(run_dir / "journal.jsonl", writable=False)
+        cut = config.model_copy(update={"prefetch": rank})
+        folder = run_dir if rank == 0 else None
+        ranks.append(Scheduler(cut, dp_rank=rank, dp_size=3, run_dir=folder, journal=journal, run_steps=STEPS))
+        ranks[-1].load_state_dict(load_state(tmp_path / "state.npz"))
+    again = Model(ranks[0].names)
+    again.seen = dict(kept["seen"])
+    assert go(ranks, again, STOP, STEPS) == expected[STOP:]
+    for scheduler in ranks:
+        scheduler.close()
+    Snapshots(run_dir).save(merge_states([scheduler.state_dict() for scheduler in ranks]))
+    assert [batch_sha256(batch.digests) for batch in _replayed(run_dir)] == expected
+
+
 def _replayed(run_dir: Path) -> list[Any]:
     for state in (run_dir / "data_state").iterdir():
         state.unlink()

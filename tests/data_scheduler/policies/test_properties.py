@@ -25,10 +25,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "doremi": {"reference": "recorded"},
     "mastery": {"refit_every": 4, "ignore_steps": 2, "mean_of": 1, "at": 0.5, "until": 0.8},
     "odm": {"warmup_steps": 3},
+    "pacing": {"function": "cyclical", "replay": 0.1, "outer": {"kind": "odm", "options": {"warmup_steps": 3}}},
     "schedule": {"stages": STAGES, "mixtures": {"m": {"books": 1.0}}},
     "skill_it": {"round_steps": 4, "graph": {"web": {"code": 0.5}}},
 }
 LISTENING = sorted(kind for kind in BUILT_IN if kind in OPTIONS and kind != "schedule")
+"""`pacing` by the policy between its sources."""
 CONTEXT = Context(
     NAMES,
     run_steps=60,
@@ -36,6 +38,7 @@ CONTEXT = Context(
     held_out=frozenset(NAMES),
     size_of=lambda name: SourceSize(400, 100.0 * len(name)),
     tokens_before=lambda step: 3 * step,
+    bands={"all": ("web", "books")},
     recall=lambda name, measure: {"web": 3.0, "code": 2.0, "books": 2.5} if "losses of" in name else measure(),
 )
 
@@ -108,10 +111,12 @@ def test_one_source_and_two_hundred_work(kind: str) -> None:
             tuple(names),
             run_steps=10_000,
             recall=lambda *_, names=names: dict.fromkeys(names, 2.0),  # type: ignore[misc]
+            bands={"all": tuple(names[: len(names) // 2 + 1])},
         )
         options = {"ado": {"refit_every": 20, "ignore_steps": 0}, "aioli": {"turn_steps": 1, "sweeps": 1}}.get(kind, {})
         options = options | ({"reference": "recorded"} if kind == "doremi" else {})
         options = options | ({"graph": {}} if kind == "skill_it" else {})
+        options = options | ({"function": "root", "outer": {"kind": "odm"}} if kind == "pacing" else {})
         policy = make_policy(kind, options, dict.fromkeys(names, 1.0), context)
         for step in range(25):
             losses = {name: 3.0 + (7 * place + step) % 11 / 10 for place, name in enumerate(names)}
