@@ -7,7 +7,7 @@ import numpy as np
 
 from data_scheduler.batch import ORDINAL_BITS, Float32
 from data_scheduler.encoder import Tokens
-from data_scheduler.formats.records import Document, MarkedText
+from data_scheduler.formats.records import Document, MarkedText, MarkedTokens, Versions
 from data_scheduler.order import Int64
 from data_scheduler.sequences import AnyTokens
 from data_scheduler.source import SourceReader
@@ -23,7 +23,7 @@ class OpenChunk:
     """A chunk's documents from some place of an epoch's order on, encoded a group at a time."""
 
     def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int) -> None:
-        self._reader = reader
+        self._reader, self._epoch = reader, epoch
         self._ids = chunk << ORDINAL_BITS
         found, ordinals = reader.open(chunk)
         self._places = ordinals[reader.order(chunk, len(ordinals), epoch)[first:]]
@@ -38,27 +38,31 @@ class OpenChunk:
         while self._next < len(self._documents) and size < GROUP_SIZE:
             document = self._documents[self._next]
             assert document is not None, "ordinals name good documents only"
-            size += len(document.text) if isinstance(document, MarkedText) else len(document)
+            size += len(document.text) if isinstance(document, MarkedText | Versions) else len(document)
             self._next += 1
-        group = self._documents[begin : self._next]
+        group: Sequence[Document | MarkedTokens | None] = self._documents[begin : self._next]
         self._documents[begin : self._next] = [None] * len(group)  # memory: the text is not needed again
-        return encode(self._reader, group, self._ids | self._places[begin : self._next])
+        ids = self._ids | self._places[begin : self._next]
+        if self._reader.transforms is not None:
+            group = self._reader.transforms.apply(group, ids.tolist(), self._epoch)
+        return encode(self._reader, group, ids)
 
 
-def encode(reader: SourceReader, documents: Sequence[Document | None], ids: Int64) -> Stretch:
+def encode(reader: SourceReader, documents: Sequence[Document | MarkedTokens | None], ids: Int64) -> Stretch:
     """The documents' tokens, one after the other, each between the boundary tokens of `reader`."""
     encoder, before, after = reader.encoder, reader.document_start, reader.document_end
     rows: list[Tokens] = []
-    marked: list[tuple[int, MarkedText, list[int]]] = []
+    marked: list[tuple[int, MarkedText | MarkedTokens, list[int]]] = []
     for number, document in enumerate(documents):
         if isinstance(document, str):
             rows.append(encoder.encode(document))
-        elif isinstance(document, MarkedText):
-            pieces = [encoder.encode(text) for text, _ in document.pieces]
+        elif isinstance(document, MarkedText | MarkedTokens):
+            pieces = [encoder.encode(piece) if isinstance(piece, str) else piece for piece, _ in document.pieces]
             marked.append((number, document, [len(piece) for piece in pieces]))
             rows.append(np.concatenate([before[:0], *pieces]))
         else:
             assert document is not None, "ordinals name good documents only"
+            assert not isinstance(document, Versions), "transforms draw one of them"
             rows.append(document)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + (len(before) + len(after))
     begins = np.cumsum(lengths) - lengths
@@ -72,7 +76,9 @@ def encode(reader: SourceReader, documents: Sequence[Document | None], ids: Int6
     return Stretch(tokens, begins, ids, np.zeros(len(rows), np.int64), weights)
 
 
-def _weights(base: float, marked: list[tuple[int, MarkedText, list[int]]], begins: Int64, total: int) -> Float32 | None:
+def _weights(
+    base: float, marked: list[tuple[int, MarkedText | MarkedTokens, list[int]]], begins: Int64, total: int
+) -> Float32 | None:
     """float32[total], or None when every token weighs 1. The end-of-document token weighs what its document does."""
     if base == 1.0 and not marked:
         return None

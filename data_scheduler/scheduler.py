@@ -47,6 +47,7 @@ from data_scheduler.policy_context import PolicyInputs, run_context
 from data_scheduler.sequences import BoolArray, Int32
 from data_scheduler.source import SourceReader
 from data_scheduler.state import EXHAUSTED, State, Touched
+from data_scheduler.transforms.source_transforms import open_transforms
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError, HeadraceError, LayoutError
 from headrace.version import __version__
@@ -113,6 +114,8 @@ class Scheduler:
         )
         if not fresh:
             check_same_run(config, journal, self.encoder.fingerprint)
+        for source in config.sources:
+            open_transforms(source, (path for path, _ in manifests[source.name].files), self.encoder, config.seed)
         self._run_steps, self._inputs = run_steps, PolicyInputs(journal)
         self._context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, run_steps)
         configured = {source.name: source.weight for source in config.sources}

@@ -25,7 +25,7 @@ from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, as_utf8
 from data_scheduler.formats import lines
 from data_scheduler.formats.compression import CODECS, Damage, decoded
-from data_scheduler.formats.records import Document, MarkedText, Unit
+from data_scheduler.formats.records import Document, MarkedText, Unit, Versions
 from data_scheduler.manifest import Manifest
 from data_scheduler.paths import file_kind
 from data_scheduler.pieces import TEXT_PER_COMPRESSED_BYTE, Piece
@@ -200,7 +200,7 @@ def _spread(documents: list[Document], stands_for: float, places: int) -> Iterat
 
 
 def _length(document: Document) -> int:
-    return len(document.text) if isinstance(document, MarkedText) else len(document)
+    return len(document.text) if isinstance(document, MarkedText | Versions) else len(document)
 
 
 def _encode(documents: Sequence[Document], stands_for: float, boundary: int, encoder: Encoder, whole: bool) -> _Sample:
@@ -208,6 +208,8 @@ def _encode(documents: Sequence[Document], stands_for: float, boundary: int, enc
     tokens, text_bytes, text_tokens = 0.0, 0, 0
     for document in documents:
         tokens += boundary
+        if isinstance(document, Versions):  # others are of about its length
+            document = document.choose(0)
         if isinstance(document, str | MarkedText):
             texts = [document] if isinstance(document, str) else [text for text, _ in document.pieces]
             for text in texts:
