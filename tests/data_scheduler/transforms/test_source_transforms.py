@@ -90,6 +90,7 @@ def applied(encoder: Encoder, documents: list[Any], epoch: int = 0, **fields: An
 )
 def test_stops_world_sizes_and_prefetch_change_nothing(
     data_config: Make,
+    encoder: Encoder,
     tokenizer: str,
     folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -109,7 +110,9 @@ def test_stops_world_sizes_and_prefetch_change_nothing(
                 sources=[source(folder, *chosen)], tokenizer=tokenizer, packing=packing, prefetch=prefetch,
                 global_batch_size=6, lanes=6,
             )  # fmt: skip
-            ranks = [Scheduler(config, dp_rank=rank, dp_size=dp, run_dir=run_dir) for rank in range(dp)]
+            ranks = [
+                Scheduler(config, dp_rank=rank, dp_size=dp, run_dir=run_dir, encoder=encoder) for rank in range(dp)
+            ]
             for rank in ranks:
                 if state is not None:
                     rank.load_state_dict(state)
@@ -339,7 +342,7 @@ def test_token_files_take_control_tokens_only(data_config: Make, tokenizer: str,
 
 
 def test_the_token_cache_holds_what_was_not_transformed(
-    data_config: Make, tokenizer: str, folder: Path, tmp_path: Path
+    data_config: Make, encoder: Encoder, tokenizer: str, folder: Path, tmp_path: Path
 ) -> None:
     prefix = {"kind": "prefix", "tokens": ["<|good|>"], "rate": 0.5}
 
@@ -347,7 +350,7 @@ def test_the_token_cache_holds_what_was_not_transformed(
         config = data_config(
             sources=[source(folder, *transforms)], tokenizer=tokenizer, token_cache=cache and str(cache)
         )
-        scheduler = Scheduler(config)
+        scheduler = Scheduler(config, encoder=encoder)
         return [next(scheduler).digests for _ in range(3)]
 
     digests(tmp_path / "a")
