@@ -87,12 +87,12 @@ def test_the_distribution_is_the_papers(tmp_path: Path) -> None:
     dropout = small(tmp_path, ["abc"], [("a", "b"), ("b", "c"), ("ab", "c")])
     names = ["a", "b", "c", "ab", "bc", "abc"]
     found = collections.Counter(
-        " ".join(names[token] for token in dropout.encode("abc", 0.3, "run", number)) for number in range(20_000)
+        " ".join(names[token] for token in dropout.encode("abc", 0.3, "run", number)) for number in range(6_000)
     )
     expected = {"abc": 0.7 * 0.7, "ab c": 0.7 * 0.3, "a bc": 0.3 * 0.7, "a b c": 0.3 * 0.3}
     assert set(found) == set(expected)
     for cut, chance in expected.items():
-        assert found[cut] / 20_000 == pytest.approx(chance, abs=0.015), cut
+        assert found[cut] / 6_000 == pytest.approx(chance, abs=0.02), cut
 
 
 def test_it_is_distributed_as_in_tokenizers(folder: Path, dropout: DropoutEncoder) -> None:

@@ -256,6 +256,10 @@ def test_a_learned_prefix_has_no_weights(encoder: Encoder) -> None:
     assert encoder.decode(tokens) == "<|good|>word"
     (marked,) = applied(encoder, ["word"], transforms=[{"kind": "prefix", "text": "plain: "}])
     assert isinstance(marked, MarkedTokens)
+    # All documents or none, for what is encoded together must not shape a sequence's hash.
+    some = applied(encoder, ["word"] * 50, transforms=[{"kind": "prefix", "text": "plain: ", "rate": 0.5}])
+    assert all(isinstance(document, MarkedTokens) for document in some)
+    assert len({len(document.pieces) for document in some}) == 2
     assert [(encoder.decode(piece), learned) for piece, learned in marked.pieces] == [
         ("plain: ", False),
         ("word", True),
