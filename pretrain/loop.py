@@ -34,6 +34,7 @@ from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.sizes import layout_shape
 from pretrain.progress import Progress
+from pretrain.selection.selection import open_selection, selection_record
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
 VOCAB_MULTIPLE = 128
@@ -103,6 +104,7 @@ class Run:
         check_vocabulary(vocab_size, tokens)
         self.held_out = self._read_held_out()
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
+        self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
         self._seen_rejects: set[tuple[str, str, str]] = set()
         self._stop_asked = False
@@ -202,7 +204,10 @@ class Run:
         size = self.config.train.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
         lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * scale
-        result = train_step(self.state, microbatches, lr)
+        if self.selection is None:
+            result = train_step(self.state, microbatches, lr)
+        else:
+            result = self.selection.step(self.state, microbatches, lr, batch.step)
         losses, tokens = self._by_source(result)
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
         if self.scheduler.is_time_to_look:
@@ -229,6 +234,8 @@ class Run:
             "source_loss": losses,
             "source_tokens": tokens,
         }
+        if result.selected is not None:
+            record |= selection_record(result.selected, self.scheduler.names)
         for sink in sinks:
             sink.write(record)
         if self.ranks.rank == 0:
