@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_scheduler.batch import ORDINAL_BITS, Float32
-from data_scheduler.formats.records import Document, MarkedText
+from data_scheduler.formats.records import Document, MarkedText, MarkedTokens, Versions
 from data_scheduler.order import Int64
 from data_scheduler.sequences import AnyTokens, join
 from data_scheduler.source import SourceReader
@@ -21,7 +21,7 @@ class OpenChunk:
     """A chunk's documents from some place of an epoch's order on, encoded a group at a time."""
 
     def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int) -> None:
-        self._reader, self._kept = reader, reader.kept
+        self._reader, self._kept, self._epoch = reader, reader.kept, epoch
         self._ids = chunk << ORDINAL_BITS
         self._chunk = reader.open(chunk)
         places = self._chunk.places
@@ -33,44 +33,47 @@ class OpenChunk:
         left, documents, size = self._left, self._chunk.documents, 0
         if not left:
             return None
-        group: list[Document] = []
+        group: list[Document | MarkedTokens] = []
+        transforms = self._reader.transforms
         while left and size < GROUP_SIZE:
             place = left.pop()
             document = documents[place]
-            if isinstance(document, str):
-                size += len(document)
+            assert document is not None, "places name good documents only"
+            size += len(document.text) if isinstance(document, MarkedText | Versions) else len(document)
+            if isinstance(document, str) and transforms is None:
                 document = self._encoded(place, document)
-            else:
-                assert document is not None, "places name good documents only"
-                size += len(document.text) if isinstance(document, MarkedText) else len(document)
-                if self._kept is None:
-                    documents[place] = None
+            elif self._kept is None:
+                documents[place] = None  # memory: the text is not needed again
             group.append(document)
         begin = len(self._places) - len(left) - len(group)
-        return encode(self._reader, group, self._ids | self._places[begin : begin + len(group)])
+        ids = self._ids | self._places[begin : begin + len(group)]
+        if transforms is not None:
+            group = transforms.apply(group, ids.tolist(), self._epoch)
+        return encode(self._reader, group, ids)
 
     def _encoded(self, place: int, text: str) -> AnyTokens:
         tokens: AnyTokens = self._reader.encoder.encode(text)
         if self._kept is None:
-            self._chunk.documents[place] = None  # memory: the text is not needed again
+            self._chunk.documents[place] = None
         else:
             tokens = tokens.astype(self._reader.token_dtype)
             self._kept.encoded(self._chunk, place, tokens)
         return tokens
 
 
-def encode(reader: SourceReader, documents: Sequence[Document], ids: Int64) -> Stretch:
+def encode(reader: SourceReader, documents: Sequence[Document | MarkedTokens], ids: Int64) -> Stretch:
     """The documents' tokens, one after the other, each between the boundary tokens of `reader`."""
     encoder, before, after = reader.encoder, reader.document_start, reader.document_end
     rows: list[AnyTokens] = []
-    marked: list[tuple[int, MarkedText, list[int]]] = []
+    marked: list[tuple[int, MarkedText | MarkedTokens, list[int]]] = []
     for number, document in enumerate(documents):
         if isinstance(document, np.ndarray):
             rows.append(document)
         elif isinstance(document, str):
             rows.append(encoder.encode(document))
         else:
-            pieces = [encoder.encode(text) for text, _ in document.pieces]
+            assert not isinstance(document, Versions), "transforms draw one of them"
+            pieces = [encoder.encode(piece) if isinstance(piece, str) else piece for piece, _ in document.pieces]
             marked.append((number, document, [len(piece) for piece in pieces]))
             rows.append(np.concatenate([before[:0], *pieces]))
     tokens, begins = join(rows, before, after, reader.token_dtype)
@@ -78,7 +81,9 @@ def encode(reader: SourceReader, documents: Sequence[Document], ids: Int64) -> S
     return Stretch(tokens, begins, ids, np.zeros(len(rows), np.int64), weights)
 
 
-def _weights(base: float, marked: list[tuple[int, MarkedText, list[int]]], begins: Int64, total: int) -> Float32 | None:
+def _weights(
+    base: float, marked: list[tuple[int, MarkedText | MarkedTokens, list[int]]], begins: Int64, total: int
+) -> Float32 | None:
     """float32[total], or None when every token weighs 1. The end-of-document token weighs what its document does."""
     if base == 1.0 and not marked:
         return None

@@ -11,20 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from data_scheduler import expression
 from data_scheduler.mixture import ONE
 from data_scheduler.stages import UNITS, batch_sizes, check_stages, check_unit, weights_of
+from data_scheduler.strict_model import StrictModel as StrictModel
 from data_scheduler.template import template_parts
+from data_scheduler.transforms.config import Transform, check_together
 from headrace.errors import ConfigError
-
-
-class StrictModel(BaseModel):
-    """Refuses unknown keys and values of the wrong type; attribute docstrings become the JSON schema's descriptions."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)
-
 
 MOST_LANES = 240
 """Lanes there are when nobody asks for more."""
@@ -123,6 +118,9 @@ class SourceConfig(StrictModel):
     """Weight of this source's tokens in the loss."""
     loss_weight_key: str | None = None
     """Field with a document's own weight in the loss, a number from 0 on; multiplied with `loss_weight`."""
+    transforms: list[Transform] = []
+    """What is done to each document anew in every epoch, by seeded draws; in the order `templates`, `fim`,
+    `bpe_dropout`, `prefix`, whatever their order here."""
     weight: Share = 1.0
     """Share of tokens under the static policy; shares are normalised over the sources."""
     watch: bool = False
@@ -152,6 +150,8 @@ class SourceConfig(StrictModel):
             raise ValueError(
                 "min_share and max_share bound one source, bands are several; bound them with policy.guard"
             )
+        if self.transforms:
+            check_together(self.transforms, self)
         return self
 
 

@@ -73,6 +73,9 @@ class Encoder(Protocol):
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         """The text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
 
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token, which no text can spell; None when there is none of that name."""
+
 
 def as_text(text: Text) -> str:
     """`text` as a str that UTF-8 can hold: what cannot be decoded, and lone surrogates, become U+FFFD."""
@@ -132,6 +135,11 @@ class HuggingFaceEncoder:
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
+    def special_id(self, name: str) -> int | None:
+        number: int | None = self.tokenizer.token_to_id(name)
+        added = self.tokenizer.get_added_tokens_decoder()
+        return number if number in added and added[number].special else None
+
 
 class SentencePieceEncoder:
     """The reference for a SentencePiece `.model`: the `sentencepiece` package itself, 5 MB per CPU-second.
@@ -157,6 +165,10 @@ class SentencePieceEncoder:
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         return str(self.processor.decode([int(i) for i in ids]))
+
+    def special_id(self, name: str) -> int | None:
+        number = int(self.processor.piece_to_id(name))
+        return number if self.processor.is_control(number) else None
 
 
 class GigatokenEncoder:
@@ -203,6 +215,9 @@ class GigatokenEncoder:
 
     def decode(self, ids: Sequence[int] | Tokens) -> str:
         return self.reference.decode(ids)
+
+    def special_id(self, name: str) -> int | None:
+        return self.reference.special_id(name)
 
 
 def load_encoder(path: str | Path, fast: bool = True, samples: Sequence[str] = ()) -> Encoder:

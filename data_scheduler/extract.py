@@ -10,8 +10,9 @@ import pyarrow as pa
 from data_scheduler import expression
 from data_scheduler.bands import BandFilter, is_number
 from data_scheduler.config import SourceConfig
-from data_scheduler.formats.records import MarkedText, Records
+from data_scheduler.formats.records import MarkedText, Records, Versions
 from data_scheduler.template import template_parts
+from data_scheduler.transforms.config import PrefixTransform, TemplatesTransform
 from headrace.errors import ConfigError
 
 ROW = "__row__"
@@ -30,16 +31,27 @@ class Extractor:
         self.prompt = template_parts(config.prompt) if config.prompt else []
         self.masked_key, self.weight_key = config.masked_key, config.loss_weight_key
         self.is_marked = bool(self.prompt or self.masked_key or self.weight_key)
+        self.templates = [
+            (template_parts(one.prompt) if one.prompt else [], template_parts(one.template))
+            for transform in config.transforms
+            if isinstance(transform, TemplatesTransform)
+            for one in transform.templates
+        ]
+        self.prefixes = [one.parts for one in config.transforms if isinstance(one, PrefixTransform)]
+        has_fields = any(field for parts in self.prefixes for _, field in parts)
+        self.is_versioned = bool(self.templates) or has_fields
         self.where: Any = None
         self.filter_fields: list[str] = []
         if config.where:
             self.where, self.filter_fields = expression.parse(config.where)
         self.band = None if config.band is None else BandFilter(config.band)
         ranked = [] if self.band is None or self.band.from_text else [self.band.by]
-        fields = [field for _, field in self.parts + self.prompt] + [self.masked_key or "", self.weight_key or ""]
+        texts = [part for prompt, parts in self.templates for part in prompt + parts] or self.parts
+        texts = texts + [part for parts in self.prefixes for part in parts]
+        fields = [field for _, field in texts + self.prompt] + [self.masked_key or "", self.weight_key or ""]
         self.columns = sorted(_roots([field for field in fields if field]) | _roots([*self.filter_fields, *ranked]))
         """Top-level fields needed; column formats read only these."""
-        self.text_columns = sorted({field for _, field in self.parts if field} - {*self.filter_fields, *ranked})
+        self.text_columns = sorted({field for _, field in texts if field} - {*self.filter_fields, *ranked})
         """Fields that are text whatever they look like, for formats whose types are guessed."""
         self.max_bytes = config.max_document_bytes
         self._refused: tuple[str, str] | None = None
@@ -51,6 +63,7 @@ class Extractor:
             self.where is None
             and self.band is None
             and not self.is_marked
+            and not self.is_versioned
             and self.parts == [("", self.text_key)]
             and "." not in self.text_key
         )
@@ -86,7 +99,7 @@ class Extractor:
         other._refused = mark, reason
         return other
 
-    def add_document(self, text: str, records: Records, marked: MarkedText | None = None) -> None:
+    def add_document(self, text: str, records: Records, marked: MarkedText | Versions | None = None) -> None:
         """Add a text (as `marked`, where given) as a document, or as a reject when it is too long."""
         own = self.band is not None
         if self.band is not None and self.band.from_text and not self.band.holds(len(text)):
@@ -101,9 +114,14 @@ class Extractor:
             records.documents.append(text if marked is None else marked)
 
     def _add_text(self, row: Mapping[str, Any], records: Records) -> None:
+        marked: MarkedText | Versions | None
         try:
-            text = _fill(self.parts, row, self.is_template)
-            marked = self._marked(text, row) if self.is_marked else None
+            if self.is_versioned:
+                marked = self._versions(row)
+                text = max((marked.choose(place).text for place in range(len(marked.choices))), key=len)
+            else:
+                text = _fill(self.parts, row, self.is_template)
+                marked = self._marked(text, row) if self.is_marked else None
         except _Unusable as problem:
             records.reject(str(problem), own=self.band is not None and not self.band.from_text)
         else:
@@ -130,12 +148,29 @@ class Extractor:
             pieces += [(text[at:begin], True), (text[begin:end], False)]
             at = end
         pieces.append((text[at:], True))
-        weight = 1.0
-        if self.weight_key and (value := lookup(row, self.weight_key)) is not None:
-            if _kind(value) != "a number" or not 0 <= value < math.inf:
-                raise _Unusable(f"field {self.weight_key!r} is {value!r:.40}, not a weight from 0 on")
-            weight = float(value)
-        return MarkedText(tuple(piece for piece in pieces if piece[0]), weight)
+        return MarkedText(tuple(piece for piece in pieces if piece[0]), self._weight(row))
+
+    def _versions(self, row: Mapping[str, Any]) -> Versions:
+        """Every text that the record may become. Raises _Unusable."""
+        prefixes = tuple(_fill(parts, row, True) for parts in self.prefixes)
+        weight = self._weight(row)
+        if not self.templates:
+            marked = self._marked(_fill(self.parts, row, self.is_template), row)
+            return Versions((tuple(((text,), learned) for text, learned in marked.pieces),), weight, prefixes)
+        choices = []
+        for prompt, parts in self.templates:
+            pieces = [(tuple(_filled(prompt, row, True)), False)] if prompt else []
+            choices.append((*pieces, (tuple(_filled(parts, row, True)), True)))
+        return Versions(tuple(choices), weight, prefixes)
+
+    def _weight(self, row: Mapping[str, Any]) -> float:
+        """The record's weight in the loss. Raises _Unusable."""
+        value = lookup(row, self.weight_key) if self.weight_key else None
+        if value is None:
+            return 1.0
+        if _kind(value) != "a number" or not 0 <= value < math.inf:
+            raise _Unusable(f"field {self.weight_key!r} is {value!r:.40}, not a weight from 0 on")
+        return float(value)
 
     def _filter(self, rows: Sequence[Mapping[str, Any] | str | None]) -> tuple[set[int] | None, dict[int, str]]:
         """(numbers of the rows the filter keeps, None without a filter; reasons to reject rows of unlike types)."""
@@ -181,6 +216,11 @@ class _Unusable(Exception):
 
 def _fill(parts: Sequence[tuple[str, str]], row: Mapping[str, Any], numbers: bool) -> str:
     """The template's text. Numbers may stand in a template; alone they are no text. Raises _Unusable."""
+    return "".join(_filled(parts, row, numbers))
+
+
+def _filled(parts: Sequence[tuple[str, str]], row: Mapping[str, Any], numbers: bool) -> list[str]:
+    """The pieces of `_fill`."""
     pieces = []
     for literal, field in parts:
         pieces.append(literal)
@@ -192,7 +232,7 @@ def _fill(parts: Sequence[tuple[str, str]], row: Mapping[str, Any], numbers: boo
         if isinstance(value, float) and abs(value) >= BIGGEST_EXACT:
             raise _Unusable(f"field {field!r} is a number past 64 bits, whose digits are lost")
         pieces.append(str(value))
-    return "".join(pieces)
+    return pieces
 
 
 def _spans(row: Mapping[str, Any], key: str | None, length: int) -> list[tuple[int, int]]:

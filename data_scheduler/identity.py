@@ -14,7 +14,7 @@ FIXED_KEYS = ("seed", "lanes", "packing", "document_start", "document_end", "chu
 """Settings that define what a lane's state means; a run keeps them for life."""
 SOURCE_KEYS = (
     "paths", "format", "text_key", "template", "where", "prompt", "masked_key", "loss_weight", "loss_weight_key",
-    "max_document_bytes",
+    "max_document_bytes", "transforms",
 )  # fmt: skip
 """What a source keeps from when it entered the run."""
 SAMPLE_BYTES = 4 << 20
@@ -64,9 +64,9 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
     for source in config.sources:
         if source.name not in sources:
             continue
-        before = sources[source.name]
+        before, now = sources[source.name], source.model_dump(mode="json")
         for key in SOURCE_KEYS:
-            if before.get(key, SourceConfig.model_fields[key].default) != getattr(source, key):
+            if before.get(key, SourceConfig.model_fields[key].default) != now[key]:
                 raise ConfigError(
                     f"data.sources.{source.name}.{key} was {before.get(key)!r} when the source entered the run; "
                     "add changed data as a new source"

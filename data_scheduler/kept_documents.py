@@ -82,8 +82,13 @@ class KeptDocuments:
 
 
 def keep_small_sources(readers: Sequence["SourceReader"]) -> None:
-    """Let readers keep the documents of their sources, the smallest first, as many as fit in KEPT_BYTES."""
+    """Let readers keep the documents of their sources, the smallest first, as many as fit in KEPT_BYTES.
+
+    Not of sources whose text is marked or transformed: those would be kept as text.
+    """
     budget, expected = Budget(KEPT_BYTES), 0
     for reader in sorted(readers, key=lambda reader: reader.text_bytes):
+        if not reader.gives_plain_tokens:
+            continue
         expected += reader.text_bytes // TEXT_PER_TOKEN * np.dtype(reader.token_dtype).itemsize
         reader.kept = KeptDocuments(budget) if expected <= KEPT_BYTES else None

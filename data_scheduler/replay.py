@@ -15,7 +15,7 @@ import orjson
 from data_scheduler.batch import ORDINAL_BITS, Batch
 from data_scheduler.config import DataConfig
 from data_scheduler.encoder import Encoder
-from data_scheduler.formats.records import Document, MarkedText
+from data_scheduler.formats.records import Document, MarkedText, Versions
 from data_scheduler.identity import source_configs
 from data_scheduler.journal import Journal
 from data_scheduler.lane import LaneStream, Position
@@ -42,6 +42,9 @@ class TracedDocument(NamedTuple):
     token_stop: int
     """The document's tokens [token_start, token_stop) are in the batch; the last may be the end-of-document token."""
     text: str
+    """The document as it is in the file; of several templates under the first."""
+    given: str | None = None
+    """What the batch holds of it, decoded, where the source has transforms: they make another text in each epoch."""
 
 
 def open_run(run_dir: str | Path) -> Scheduler:
@@ -101,7 +104,7 @@ def trace(run_dir: str | Path, step: int, slot: int | None = None) -> list[Trace
 
 
 def _text(document: Document | None, encoder: Encoder) -> str:
-    if isinstance(document, MarkedText):
+    if isinstance(document, MarkedText | Versions):
         return document.text
     return document if isinstance(document, str) else "" if document is None else encoder.decode(document)
 
@@ -117,8 +120,11 @@ def _trace_row(batch: Batch, row: int, readers: list[SourceReader]) -> Iterator[
         records, _ = reader.records(chunk)
         text = _text(records.documents[place], reader.encoder)
         record, within = reader.record_number(chunk, records, place)
+        given = None
+        if reader.transforms is not None:
+            given = reader.encoder.decode(batch.tokens[row, edges[number] : edges[number + 1]].tolist())
         yield TracedDocument(
-            int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text
+            int(batch.slots[row]), reader.config.name, unit.path, record, within, begin, begin + length, text, given
         )
 
 

@@ -51,6 +51,7 @@ from data_scheduler.source import SourceReader
 from data_scheduler.stages import check_layout, configured_events, turns
 from data_scheduler.state import EXHAUSTED, State, Touched
 from data_scheduler.timeline import Timeline
+from data_scheduler.transforms.source_transforms import open_transforms
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError, HeadraceError
 from headrace.version import __version__
@@ -119,6 +120,8 @@ class Scheduler:
         )
         if not fresh:
             check_same_run(config, journal, self.encoder.fingerprint)
+        for source in config.sources:
+            open_transforms(source, (path for path, _ in manifests[source.name].files), self.encoder, config.seed)
         self._run_steps, self._inputs = run_steps, PolicyInputs(journal)
         self._context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, run_steps)
         configured = {source.name: source.weight for source in config.sources}

@@ -20,6 +20,8 @@ from data_scheduler.parts import PartReader
 from data_scheduler.paths import file_kind
 from data_scheduler.reading import TOKEN_KINDS, UnitReader, layout_units
 from data_scheduler.token_cache import CachedChunk, TokenCache
+from data_scheduler.transforms.config import needs_text
+from data_scheduler.transforms.source_transforms import check_text, open_transforms
 from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, DataError
 
@@ -68,9 +70,13 @@ class SourceReader:
         self._last_reject: RejectedRecord | None = None
         self.kept: KeptDocuments | None = None
         """Where documents are kept in memory, if they are; set from outside, which knows the other sources."""
+        self.transforms = open_transforms(config, [], encoder, data.seed)
         self._tokens: TokenCache | None = None
-        # Marked text is more than its tokens, and what is tokens already need not be encoded.
-        marked = config.prompt or config.masked_key or config.loss_weight_key
+        # Marked text is more than its tokens, transformed text another in each epoch, and what is tokens already need
+        # not be encoded.
+        marked = config.prompt or config.masked_key or config.loss_weight_key or needs_text(config.transforms)
+        self.gives_plain_tokens = not marked and not config.transforms
+        """Whether a document of text is the same tokens each time, which may be kept."""
         if data.token_cache and not marked and config.format not in TOKEN_KINDS:
             self._tokens = TokenCache(data.token_cache, encoder.fingerprint, self.token_dtype)
         self._read_as = [config.format, config.text_key, config.template, config.where, config.max_document_bytes]
@@ -89,6 +95,7 @@ class SourceReader:
             self.manifest = self.manifest.with_more(manifest) if number else manifest
             tables.append(manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes))
             self._firsts.append(self._firsts[-1] + len(tables[-1]))
+        check_text(self.config, (path for path, _ in self.manifest.files))
         self.chunks = Chunks.joined(tables)
         units = UnitReader(self.config, self.encoder.eos_id, self.encoder.vocab_size, dict(self.manifest.files))
         self._parts = PartReader(self.config, self.manifest, self._data, units, self._cache)

@@ -22,7 +22,7 @@ import numpy as np
 
 from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, as_utf8
-from data_scheduler.formats.records import Document, MarkedText
+from data_scheduler.formats.records import Document, MarkedText, Versions
 from data_scheduler.manifest import Manifest
 from data_scheduler.paths import file_kind
 from data_scheduler.pieces import Piece
@@ -155,7 +155,7 @@ def _spread(documents: list[Document], stands_for: float, places: int) -> Iterat
 
 
 def _length(document: Document) -> int:
-    return len(document.text) if isinstance(document, MarkedText) else len(document)
+    return len(document.text) if isinstance(document, MarkedText | Versions) else len(document)
 
 
 def _encode(documents: Sequence[Document], stands_for: float, boundary: int, encoder: Encoder, whole: bool) -> _Sample:
@@ -163,6 +163,8 @@ def _encode(documents: Sequence[Document], stands_for: float, boundary: int, enc
     tokens, text_bytes, text_tokens = 0.0, 0, 0
     for document in documents:
         tokens += boundary
+        if isinstance(document, Versions):  # others are of about its length
+            document = document.choose(0)
         if isinstance(document, str | MarkedText):
             texts = [document] if isinstance(document, str) else [text for text, _ in document.pieces]
             for text in texts:

@@ -12,12 +12,13 @@ of a run before a digit. Matching them costs speed in gigatoken (57 against 200 
 178 on prose), still 40 times the reference. The pattern is Qwen 3.5's, which keeps combining marks with their letters
 and is one of those that gigatoken encodes exactly.
 
-Ids: 0 `<|endoftext|>`, 1-7 reserved special tokens, then 256 bytes, the merges, and last the 23 space runs.
+Ids: 0 `<|endoftext|>`, 1-7 reserved special tokens, then those asked for, 256 bytes, the merges, and last the 23 space
+runs.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,17 +54,25 @@ def train_tokenizer(
     vocab_size: int,
     out: Path,
     progress: Callable[[int, int], None] | None = None,
+    special_tokens: Sequence[str] = (),
 ) -> TrainedTokenizer:
     """Train on `texts` and write `tokenizer.json` and `tokenizer_config.json` (for transformers) into the folder `out`.
 
     The same texts in the same order give the same bytes. `progress` is called with the documents and bytes read so far;
-    it is not called any more while the merges are computed. A pair must occur twice to be merged.
-    Raises ConfigError when `vocab_size` cannot hold the fixed tokens, or when there is no text.
+    it is not called any more while the merges are computed. A pair must occur twice to be merged. `special_tokens`
+    come behind the fixed ones.
+    Raises ConfigError when `vocab_size` cannot hold the fixed tokens, when there is no text, or for a special token
+    that is empty or given twice.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    specials = [*SPECIAL_TOKENS, *special_tokens]
+    unfit = [name for place, name in enumerate(specials) if not name.strip() or name in specials[:place]]
+    if unfit:
+        raise ConfigError(f"special token {unfit[0]!r}: give each name once; {', '.join(SPECIAL_TOKENS)} are there")
+    least = MIN_VOCAB_SIZE + len(special_tokens)
+    if vocab_size < least:
         raise ConfigError(
-            f"vocabulary of {vocab_size}: at least {MIN_VOCAB_SIZE} are needed "
-            f"({len(SPECIAL_TOKENS)} special tokens, 256 bytes, {len(SPACE_RUNS)} space runs)"
+            f"vocabulary of {vocab_size}: at least {least} are needed "
+            f"({len(specials)} special tokens, 256 bytes, {len(SPACE_RUNS)} space runs)"
         )
     documents = size = 0
 
@@ -85,7 +94,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPACE_RUNS),
         min_frequency=2,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

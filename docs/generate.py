@@ -75,26 +75,33 @@ def configuration() -> str:
     return "\n".join(parts)
 
 
-def _sections(path: str, model: Schema, models: dict[str, Schema]) -> Iterator[str]:
+def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "") -> Iterator[str]:
     """A section for `model`, followed by those of the models inside it."""
-    yield f"## `{path}`\n"
+    yield f"## `{path}`{f' of `kind: {kind}`' if kind else ''}\n"
     if model.get("description"):
         yield f"{_one_line(model['description'])}\n"
-    inner: list[tuple[str, str]] = []
+    inner: list[tuple[str, str, str]] = []
     rows = []
     for key, place in model["properties"].items():
         reference = _reference(place)
-        if reference is not None:
+        kinds = place.get("items", place).get("discriminator", {}).get("mapping", {})
+        if kinds:
             below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
-            inner.append((below, reference))
+            inner += [(below, each.rpartition("/")[2], name) for name, each in kinds.items()]
+            what = "list of sections" if "[n]" in below.removeprefix(path) else "section"
+            default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
+            rows.append((key, what, default, f"{place.get('description', '')} See `{below}`."))
+        elif reference is not None:
+            below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
+            inner.append((below, reference, ""))
             meaning = place.get("description") or models[reference].get("description", "")
             rows.append((key, "list of sections" if "[n]" in below else "section", "", f"{meaning} See `{below}`."))
-            continue
-        default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
-        rows.append((key, _type(place), default, place.get("description", "")))
+        else:
+            default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
+            rows.append((key, _type(place), default, place.get("description", "")))
     yield _table(("key", "type", "default", "meaning"), [(f"`{row[0]}`", *row[1:]) for row in rows])
-    for below, reference in inner:
-        yield from _sections(below, models[reference], models)
+    for below, reference, name in inner:
+        yield from _sections(below, models[reference], models, name)
 
 
 def _reference(place: Schema) -> str | None:

@@ -132,6 +132,23 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def share_with_model_parallel(tensor: torch.Tensor) -> torch.Tensor:
+    """The last pipeline stage's `tensor`, in place, on every rank that holds a part of the same model.
+
+    Under context parallelism each rank gives its own part of it, and 0 elsewhere. The ranks of a tensor-parallel group
+    hold the same already but for what a kernel may leave to chance; they agree on the larger.
+    """
+    dist.all_reduce(tensor, group=parallel_state.get_context_parallel_group())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+    return broadcast_from_last_stage(tensor)
+
+
+def sum_over_replicas(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed in place over data-parallel ranks alone: what all ranks of one model hold counts once."""
+    dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+    return tensor
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """`source`'s picklable `value`, on every process."""
     values = [value]

@@ -144,6 +144,17 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     return Progress(meta["step"], meta["tokens"]), load_state(path / "data_state.npz")
 
 
+def load_weights(path: Path, state: TrainState) -> None:
+    """Put a checkpoint's weights alone into a model of the same sizes, under any layout. Raises CheckpointError."""
+    wanted = sharded_weights(state)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(path))
+    except (Exception, CheckpointException) as error:
+        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+    for number, chunk in enumerate(state.chunks):
+        chunk.load_state_dict(loaded[_chunk_key(state, number)])
+
+
 def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
     """Raise CheckpointError naming the first setting in which the checkpoint's model differs from the run's."""
     sharded = meta.get("layout", {}).get("distributed_optimizer", state.layout.distributed_optimizer)
@@ -178,13 +189,21 @@ def _identity(state: TrainState) -> dict[str, Any]:
 
 def sharded_state(state: TrainState, loading: bool = False) -> dict[str, Any]:
     """Weights and optimizer state as megatron's sharded state dict."""
-    metadata = SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    sharded = {
-        _chunk_key(state, number): chunk.sharded_state_dict(metadata=metadata)
+    sharded = sharded_weights(state)
+    optimizer = state.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=_metadata())
+    return sharded | {"optimizer": optimizer}
+
+
+def sharded_weights(state: TrainState) -> dict[str, Any]:
+    """The weights alone as megatron's sharded state dict."""
+    return {
+        _chunk_key(state, number): chunk.sharded_state_dict(metadata=_metadata())
         for number, chunk in enumerate(state.chunks)
     }
-    optimizer = state.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=metadata)
-    return sharded | {"optimizer": optimizer}
+
+
+def _metadata() -> dict[str, Any]:
+    return SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def _chunk_key(state: TrainState, number: int) -> str:

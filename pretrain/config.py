@@ -67,6 +67,20 @@ class ModelConfig(StrictModel):
     """Coefficient of max-z loss, c·(max logit)² (Baichuan 2, arXiv 2309.10305)."""
 
 
+class SelectionConfig(StrictModel):
+    """What is trained on among the documents of a batch; which batch comes next never depends on it. A forward pass
+    over the whole batch comes first, so a step costs a third more, less what is left out."""
+
+    kind: str
+    """`loss_threshold`, `rho1`, or a name in the entry-point group `headrace.selectors`."""
+    options: dict[str, Any] = {}
+    """Handed to the selector as keyword arguments."""
+    from_step: NonNegative = 0
+    """First step with a selection; before it everything is trained on."""
+    reference: str | None = None
+    """Run folder, or folder of one checkpoint, of the model that gives reference losses; for selectors that need it."""
+
+
 class TrainConfig(StrictModel):
     """The training loop."""
 
@@ -84,6 +98,8 @@ class TrainConfig(StrictModel):
     """Evaluate held-out data every so many steps, besides before the first and after the last; 0: only those two."""
     eval_sequences: NonNegative = 16
     """Held-out sequences per source in one evaluation; 0 switches evaluation off."""
+    selection: SelectionConfig | None = None
+    """Train on a part of each batch only; null: on all of it."""
     threads: NonNegative = 0
     """CPU threads per process; 0 leaves torch's own choice."""
 

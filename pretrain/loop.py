@@ -35,6 +35,7 @@ from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.sizes import layout_shape
 from pretrain.progress import Progress
+from pretrain.selection.selection import open_selection, selection_record
 from pretrain.stages import settings_of
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
@@ -109,6 +110,7 @@ class Run:
         check_vocabulary(vocab_size, tokens)
         self.held_out = self._read_held_out()
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
+        self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
         self._seen_rejects: set[tuple[str, str, str]] = set()
         self._stop_asked = False
@@ -209,7 +211,10 @@ class Run:
         size = stage.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
         lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * stage.lr_scale * scale
-        result = train_step(self.state, microbatches, lr)
+        if self.selection is None:
+            result = train_step(self.state, microbatches, lr)
+        else:
+            result = self.selection.step(self.state, microbatches, lr, batch.step)
         losses, tokens = self._by_source(result)
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
         if self.scheduler.is_time_to_look:
@@ -239,6 +244,8 @@ class Run:
             "source_loss": losses,
             "source_tokens": tokens,
         }
+        if result.selected is not None:
+            record |= selection_record(result.selected, self.scheduler.names)
         for sink in sinks:
             sink.write(record)
         if self.ranks.rank == 0:

@@ -42,11 +42,21 @@ class MicroBatch:
     """int64[m]: each sequence's source."""
     loss_weights: torch.Tensor | None = None
     """float32[1, m·S]: weight of each label in what is minimised; None: all 1."""
+    repacked_sources: torch.Tensor | None = None
+    """int64[m·S]: each token's source, where documents of several sources were packed into one row again; `source_ids`
+    then means nothing but the number of rows."""
 
     @property
     def seq_len(self) -> int:
         """Tokens of each sequence."""
         return self.input_ids.size(1) // self.source_ids.size(0)
+
+    @property
+    def token_sources(self) -> torch.Tensor:
+        """int64[m·S]: each token's source."""
+        if self.repacked_sources is not None:
+            return self.repacked_sources
+        return self.source_ids.repeat_interleave(self.seq_len)
 
 
 def split_batch(

@@ -55,6 +55,20 @@ class StepResult:
     """int64[sources]: tokens whose loss counted."""
     skipped: bool
     """The gradient was not finite, so the weights were left alone."""
+    selected: "Selected | None" = None
+    """What was trained on, where `train.selection` chose among the batch."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a selection left of a step's batch; int64[sources] each, the same on every rank."""
+
+    tokens: npt.NDArray[np.int64]
+    """Tokens whose loss was minimised."""
+    documents: npt.NDArray[np.int64]
+    """Pieces of documents in the batch, those without a token that counts left out."""
+    kept_documents: npt.NDArray[np.int64]
+    """Those of them that had a token that was minimised."""
 
 
 def build_state(
@@ -157,7 +171,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
         loss_mask=local(microbatch.loss_mask),
         loss_weights=None if microbatch.loss_weights is None else local(microbatch.loss_weights),
         position_ids=position_ids,
-        source_ids=local(microbatch.source_ids.repeat_interleave(seq_len)),
+        source_ids=local(microbatch.token_sources),
         documents=pack_documents(
             microbatch.cu_seqlens,
             position_ids[0],

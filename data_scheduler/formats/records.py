@@ -20,8 +20,37 @@ class MarkedText(NamedTuple):
         return "".join(text for text, _ in self.pieces)
 
 
-Document = str | MarkedText | npt.NDArray[np.unsignedinteger[Any]]
+class Versions(NamedTuple):
+    """The texts that a record may become; transforms draw one of them in each epoch."""
+
+    choices: tuple[tuple[tuple[tuple[str, ...], bool], ...], ...]
+    """Per template its pieces: (their parts, whether their tokens are learned). Parts are joined once a text is drawn:
+    several templates then take little more memory than one."""
+    weight: float
+    prefixes: tuple[str, ...]
+    """Text of each transform `prefix`, in order."""
+
+    def choose(self, choice: int) -> MarkedText:
+        """The text of one template."""
+        return MarkedText(tuple(("".join(parts), learned) for parts, learned in self.choices[choice]), self.weight)
+
+    @property
+    def text(self) -> str:
+        """The whole text under the first template."""
+        return self.choose(0).text
+
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+Document = str | MarkedText | Versions | Tokens
 """Text, or token ids of data that was tokenized before."""
+
+
+class MarkedTokens(NamedTuple):
+    """What transforms made of a document."""
+
+    pieces: tuple[tuple[Tokens, bool], ...]
+    """(tokens, whether they are learned)."""
+    weight: float = 1.0
 
 
 REASON_CHARACTERS = 300

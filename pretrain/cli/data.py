@@ -140,6 +140,8 @@ def trace(
                 f"  tokens {document.token_start}-{document.token_stop}"
             )
             print(_printable(document.text))
+            if document.given is not None:
+                print(f"given as (transforms): {_printable(document.given)}")
         return
     table = Table("slot", "source", "file", "record", "tokens", "begins with", title=f"step {step}")
     for document in documents:

@@ -35,6 +35,10 @@ def train(
         int | None,
         typer.Option(min=1, help="Read at most this much text, as equally from all --data paths as they allow."),
     ] = None,
+    special_token: Annotated[
+        list[str] | None,
+        typer.Option(help="Another special token, such as <|fim_prefix|>, that no text can spell; may be repeated."),
+    ] = None,
 ) -> None:
     """Train a byte-level BPE tokenizer: a token for each run of 2-24 spaces, single digits, every byte known."""
     from rich.console import Console
@@ -52,7 +56,7 @@ def train(
         def progress(documents: int, size: int) -> None:
             bar.update(task, description=f"read {documents:,} documents, {size / 1e6:,.1f} MB; then merging")
 
-        trained = train_tokenizer(texts, vocab_size, out, progress)
+        trained = train_tokenizer(texts, vocab_size, out, progress, special_token or [])
     short = (
         "" if trained.vocab_size == vocab_size else f" (of {vocab_size:,} asked: the text has no more pairs to merge)"
     )

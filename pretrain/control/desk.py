@@ -25,6 +25,7 @@ from data_scheduler.control import (
 from data_scheduler.journal import Event
 from data_scheduler.layout_index import LayoutIndex
 from data_scheduler.manifest import Manifest
+from data_scheduler.transforms.source_transforms import open_transforms
 from headrace.errors import ConfigError, HeadraceError
 from pretrain.config import ControlConfig
 from pretrain.control import request as ask
@@ -199,6 +200,7 @@ def _added_source(command: ask.AddSource, stand: Stand) -> tuple[list[Decision],
     if (source.watch or source.max_epochs) and horizon <= prefetch:
         raise RefusedError(f"data.policy.horizon: {horizon} must be larger than data.prefetch ({prefetch})")
     manifest = Manifest.take(source, LayoutIndex(scheduler.config.cache_folder() / "index.sqlite"))
+    open_transforms(source, (path for path, _ in manifest.files), scheduler.encoder, scheduler.config.seed)
     chosen = scheduler.plan.chosen(scheduler.next_step)
     try:
         scheduler.try_policy(chosen.kind, chosen.options, (source, manifest))

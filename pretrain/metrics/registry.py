@@ -37,7 +37,9 @@ class Metric:
 
 METRICS: Final = (
     Metric("step", "gauge", "steps", "optimizer step, from 0", "headrace_step"),
-    Metric("tokens", "counter", "tokens", "target tokens trained on so far, this step's included", "headrace_tokens"),
+    Metric(
+        "tokens", "counter", "tokens", "target tokens of all batches so far, this step's included", "headrace_tokens"
+    ),
     Metric(
         "input_tokens",
         "counter",
@@ -57,6 +59,30 @@ METRICS: Final = (
     Metric("batch_sha256", "text", "", "SHA-256 of the step's global batch, the same for every layout"),
     Metric("source_loss", "gauge", "nats/token", "mean loss of each source", "headrace_source_loss", True),
     Metric("source_tokens", "sum", "tokens", "the step's target tokens by source", "headrace_source_tokens", True),
+    Metric(
+        "trained_tokens",
+        "sum",
+        "tokens",
+        "with `train.selection`: those of `source_tokens` whose loss was minimised",
+        "headrace_trained_tokens",
+        True,
+    ),
+    Metric(
+        "batch_documents",
+        "sum",
+        "documents",
+        "with `train.selection`: documents of the step's batch, one that is cut once a sequence",
+        "headrace_batch_documents",
+        True,
+    ),
+    Metric(
+        "trained_documents",
+        "sum",
+        "documents",
+        "with `train.selection`: those of `batch_documents` that were trained on",
+        "headrace_trained_documents",
+        True,
+    ),
     Metric("val_loss", "gauge", "nats/token", "mean loss on each source's held-out text", "headrace_val_loss", True),
 )
 

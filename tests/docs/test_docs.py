@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from data_scheduler import Feedback
 from data_scheduler.journal import KINDS
 from data_scheduler.mixture import ONE, Mixer, quantize
 from data_scheduler.prep.config import PrepConfig
+from data_scheduler.transforms.config import Transform
 from headrace.errors import ExitCode
 from launch.site import Site
 from pretrain.cli import app
@@ -181,6 +182,8 @@ def test_yaml_in_pages_has_valid_keys(file: str, text: str) -> None:
             return
     for key in dotted_keys(content):
         assert_key(key, file)
+    for source in content.get("data", {}).get("sources", []):
+        TypeAdapter(list[Transform]).validate_python(source.get("transforms", []))
 
 
 def dotted_keys(node: Any, path: str = "") -> Iterator[str]:
@@ -194,7 +197,7 @@ def dotted_keys(node: Any, path: str = "") -> Iterator[str]:
             yield from dotted_keys(value, f"{here}.")
         elif isinstance(value, list):
             for item in value:
-                if isinstance(item, dict):
+                if isinstance(item, dict) and key != "transforms":  # of kinds with keys of their own: checked below
                     yield from dotted_keys(item, f"{here}.{item['name']}.")
 
 

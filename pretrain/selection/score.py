@@ -1,0 +1,60 @@
+"""Losses of every token of a batch by a forward pass alone."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from parallel import accelerator, process_groups
+from parallel.attention import context_parallel_index
+from parallel.engine import get_forward_backward_func
+from pretrain.loss import FIXED_POINT
+from pretrain.microbatch import MicroBatch
+from pretrain.selection import Float64
+from pretrain.step import Placed, TrainState, place
+
+
+@torch.no_grad()
+def token_losses(state: TrainState, microbatches: Sequence[MicroBatch]) -> Float64:
+    """float64[micro-batches, tokens]: the reported loss of every token in whole multiples of 1/FIXED_POINT, the same on
+    every rank that holds a part of this model. Of `state` chunks and layout are used."""
+    for chunk in state.wrapped:
+        chunk.eval()
+    inputs = [place(microbatch, state) for microbatch in microbatches]
+    iterators = [iter(inputs) for _ in state.wrapped]
+    single = len(state.wrapped) == 1
+    found = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=state.wrapped[0] if single else state.wrapped,
+        num_microbatches=len(inputs),
+        seq_length=inputs[0].tokens,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    tokens, cp = inputs[0].tokens, state.layout.context_parallel_size
+    losses = torch.zeros(len(inputs), tokens, dtype=torch.float32, device=accelerator.device())
+    held: Any = slice(None)
+    if cp > 1:
+        held = context_parallel_index(tokens, microbatches[0].seq_len, cp, state.ranks.cp_rank).to(losses.device)
+    for row, reported in zip(losses, found, strict=False):  # empty but on the last pipeline stage
+        row[held] = reported
+    shared = process_groups.share_with_model_parallel(losses).cpu().numpy().astype(np.float64)
+    rounded: Float64 = np.rint(shared * FIXED_POINT) / FIXED_POINT
+    return rounded
+
+
+def _forward_step(inputs: Iterator[Placed], model: Any) -> tuple[Any, Any]:
+    batch = next(inputs)
+    output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.documents)
+    return output, partial(_reported, number=batch.loss_mask.sum(dtype=torch.int32))
+
+
+def _reported(
+    losses: tuple[torch.Tensor, torch.Tensor], number: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What megatron-core's schedules expect: a sum, a number of tokens, and the report, here every token's loss."""
+    reported = losses[0].detach()
+    return reported.sum(), number, reported[0]
