@@ -414,6 +414,7 @@ def test_the_worked_example(data_config: Make) -> None:
             [{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0.5}}],
             "batch_ramp.every: whole steps, got 0.5",
         ),
+        ([{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0}}], "greater than 0"),
         ([{"from_step": 1, "global_batch_size": 8, "batch_ramp": {"to": 48, "add": 2, "every": 1}}], "or batch_ramp"),
         (
             [{"from_step": 1, "batch_ramp": {"to": 96, "multiply": 2, "every": 9}}, {"from_step": 5}],
