@@ -61,7 +61,7 @@ class RejectedRecord(NamedTuple):
 
 @dataclass
 class Batch:
-    """The sequences of one step on one data-parallel rank, in global order (slot i belongs to rank i mod dp_size)."""
+    """The sequences of one step on one data-parallel rank, in global order; the run's sequence g is of rank g mod dp_size."""
 
     step: int
     tokens: Int64
