@@ -61,7 +61,8 @@ class RejectedRecord(NamedTuple):
 
 @dataclass
 class Batch:
-    """The sequences of one step on one data-parallel rank, in global order; the run's sequence g is of rank g mod dp_size."""
+    """The sequences of one step on one data-parallel rank, in global order: those whose number in the run, modulo dp_size,
+    is the rank."""
 
     step: int
     tokens: Int64
