@@ -61,8 +61,10 @@ class RejectedRecord(NamedTuple):
 
 @dataclass
 class Batch:
-    """The sequences of one step on one data-parallel rank, in global order: those whose number in the run, modulo dp_size,
-    is the rank."""
+    """The sequences of one step on one data-parallel rank, in global order.
+
+    Counted over all steps, sequence g is rank g mod dp_size's.
+    """
 
     step: int
     tokens: Int64
