@@ -61,7 +61,10 @@ class RejectedRecord(NamedTuple):
 
 @dataclass
 class Batch:
-    """The sequences of one step on one data-parallel rank, in global order (slot i belongs to rank i mod dp_size)."""
+    """The sequences of one step on one data-parallel rank, in global order.
+
+    Counted over all steps, sequence g is rank g mod dp_size's.
+    """
 
     step: int
     tokens: Int64

@@ -202,7 +202,7 @@ class BatchRamp(StrictModel):
     """Sequences added each time; this or `multiply`."""
     multiply: Annotated[int, Field(ge=2)] | None = None
     """Factor of each time: 2 doubles."""
-    every: Annotated[int | float, Field(gt=0)]
+    every: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     """From one growth to the next, in the unit in which the stages begin: steps, tokens, or a share of the run. The
     first growth is where the stage begins."""
 

@@ -71,7 +71,8 @@ def configuration() -> str:
     schema = RunConfig.model_json_schema()
     parts = [CONFIGURATION]
     for name, place in schema["properties"].items():
-        parts += _sections(name, schema["$defs"][_reference(place)], schema["$defs"])
+        path = f"{name}[n]" if place.get("type") == "array" else name
+        parts += _sections(path, schema["$defs"][_reference(place)], schema["$defs"])
     return "\n".join(parts)
 
 
@@ -88,14 +89,15 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
         if kinds:
             below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
             inner += [(below, each.rpartition("/")[2], name) for name, each in kinds.items()]
-            what = "list of sections" if "[n]" in below.removeprefix(path) else "section"
+            what = "list of sections" if below.endswith("[n]") else "section"
             default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
             rows.append((key, what, default, f"{place.get('description', '')} See `{below}`."))
         elif reference is not None:
             below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
             inner.append((below, reference, ""))
             meaning = place.get("description") or models[reference].get("description", "")
-            rows.append((key, "list of sections" if "[n]" in below else "section", "", f"{meaning} See `{below}`."))
+            what = "list of sections" if below.endswith("[n]") else "section"
+            rows.append((key, what, "", f"{meaning} See `{below}`."))
         else:
             default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
             rows.append((key, _type(place), default, place.get("description", "")))
@@ -107,7 +109,8 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
 def _reference(place: Schema) -> str | None:
     """Name of the model that a property holds, or that its list items are; None for a plain value."""
     target = place.get("items", place)
-    reference = target.get("$ref") or next((part["$ref"] for part in target.get("allOf", ()) if "$ref" in part), None)
+    parts = [*target.get("allOf", ()), *target.get("anyOf", ())]
+    reference = target.get("$ref") or next((part["$ref"] for part in parts if "$ref" in part), None)
     return None if reference is None else str(reference).rpartition("/")[2]
 
 

@@ -10,6 +10,7 @@ towards the end follows the last record's noise.) The records themselves stand b
 are not smoothed.
 """
 
+import itertools
 import json
 import math
 import re
@@ -31,6 +32,8 @@ WINDOWS = 12
 """Widths of the smoothing window in a run."""
 DRAWN_POINTS = 4000
 """Points of a line at most, each the mean of some records; a plot is 1,500 pixels wide."""
+MOST_TURNS = 20
+"""Changes of the batch shape that are marked in a plot; more would be a pattern of their own."""
 LAST_STEPS = 20
 """Training records that the "last" loss is the mean of."""
 
@@ -164,6 +167,12 @@ def series(run: RunData, source: str | None) -> Floats:
     return np.array([record.get("source_loss", {}).get(source, math.nan) for record in run.training], dtype=np.float64)
 
 
+def shape_turns(run: RunData) -> list[int]:
+    """Steps from which on sequence length or batch size were others."""
+    shapes = [(record["step"], record.get("seq_len"), record.get("global_batch_size")) for record in run.training]
+    return [after[0] for before, after in itertools.pairwise(shapes) if before[1:] != after[1:]]
+
+
 def smooth(values: Floats, reach: int) -> Floats:
     """Local linear fit of `values` (evenly spaced, all finite) with triangular weights `reach` values either way."""
     distance = np.arange(-reach, reach + 1, dtype=np.float64)
@@ -219,6 +228,9 @@ def _draw(run: RunData, axes: Any) -> None:
     if len(broken):
         where = axes.get_xaxis_transform()
         axes.plot(broken, np.full(len(broken), 0.985), "x", color="#b00020", transform=where, label="loss not finite")
+    turns = shape_turns(run)
+    for step in turns if len(turns) <= MOST_TURNS else ():
+        axes.axvline(step, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
     if run.evaluations:
         axes.plot([], [], "o", color="#777777", markeredgecolor="white", markersize=6, label="validation")
     summary = summarise(run)

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_scheduler import DataConfig, DataScheduler, Journal, Scheduler, batch_sha256, merge_states
+from data_scheduler.assumed_losses import FLAT_LOSS
 from data_scheduler.batch import Batch
+from data_scheduler.control import Decision
 from data_scheduler.dry_run import DryRun
 from data_scheduler.lane import LaneStream, Position
+from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, lanes_of
 from data_scheduler.plan import Plan
 from data_scheduler.replay import ledger, replay, trace
-from data_scheduler.simulate import Volume, simulate
+from data_scheduler.simulate import Volume, estimate_sources, simulate
 from data_scheduler.stages import changes, tokens_before, turns
 from data_scheduler.state import Snapshots
 from data_scheduler.timeline import Timeline
@@ -375,6 +378,69 @@ def test_more_ranks_once_the_batch_has_grown(data_config: Make, tmp_path: Path) 
         rank.close()
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"kind": "odm", "options": {"warmup_steps": 3}, "horizon": 3, "guard": {"min_share": 0.1}},
+        {"kind": "unimax", "options": {"max_epochs": 2.0}},
+        {"kind": "schedule", "options": {"stages": [{"from_tokens": 3000, "weights": {"b": 1.0}}]}},
+    ],
+    ids=lambda policy: policy["kind"],
+)
+def test_policies_go_through_stages_alike_in_a_run_and_in_a_simulation(
+    data_config: Make, policy: dict[str, Any]
+) -> None:
+    stages = [dict(stage) for stage in CURRICULUM]
+    if policy["kind"] == "schedule":
+        for stage in stages:
+            stage.pop("weights", None)
+    config = staged(data_config, stages=stages, policy=policy)
+    scheduler = Scheduler(config, run_steps=STEPS)
+    drawn = []
+    for step in range(STEPS):
+        drawn += counts(scheduler, 1)
+        given = [name for name, count in zip("abcd", drawn[-1], strict=True) if count]
+        scheduler.feedback(step, dict.fromkeys(given, FLAT_LOSS), dict.fromkeys(given, 64))
+    volumes = estimate_sources(config)
+    assert [s.sequences for s in simulate(config, volumes, STEPS).sources] == np.sum(drawn, axis=0).tolist()
+    if policy["kind"] == "schedule":  # 4 · 6 · 32 tokens, then 6 · 128 a step: 3,072 with the seventh
+        assert [event.step for event in scheduler.journal.of("mixture")] == [0, 7]
+    else:  # sources that a stage does not name are off, also for the bounds
+        assert drawn[11][1:3] == [0, 0]
+        assert drawn[13] == [0, 0, 24, 0]
+    scheduler.close()
+
+
+def test_a_source_that_a_person_added_keeps_its_weight_in_later_stages(data_config: Make, tmp_path: Path) -> None:
+    """Going on from the journal, and going on after a restart, at any step."""
+    *known, joining = staged(data_config).sources
+    joining = joining.model_copy(update={"weight": 0.5})
+    stages = [{"from_step": 8, "weights": {"a": 1.0}}]
+
+    def go(stop: int, folder: Path) -> list[list[int]]:
+        config = staged(data_config, prefetch=0, sources=[source.model_dump() for source in known], stages=stages)
+        scheduler = Scheduler(config, run_dir=folder)
+        drawn = counts(scheduler, 3)
+        scheduler.take(Decision("manifest", 3, Manifest.take(joining).to_data()), "system")
+        added = {"source": joining.model_dump(mode="json"), "command": "1"}
+        scheduler.take(Decision("source_added", 3, added), "user:ada")
+        scheduler = scheduler.with_source(joining)
+        drawn += counts(scheduler, stop - 3)
+        state = scheduler.state_dict()
+        scheduler.close()
+        again = Scheduler(config.model_copy(update={"sources": [*known, joining]}), run_dir=folder)
+        again.load_state_dict(state)
+        drawn += counts(again, STEPS - stop)
+        again.close()
+        return drawn
+
+    whole = go(STEPS, tmp_path / "whole")
+    assert np.sum(whole[8:], axis=0).tolist() == pytest.approx([24, 0, 0, 12], abs=1)
+    assert go(5, tmp_path / "before") == whole
+    assert go(8, tmp_path / "at") == whole
+    assert go(10, tmp_path / "after") == whole
+
+
 # -- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +480,7 @@ def test_the_worked_example(data_config: Make) -> None:
             [{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0.5}}],
             "batch_ramp.every: whole steps, got 0.5",
         ),
+        ([{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0}}], "greater than 0"),
         ([{"from_step": 1, "global_batch_size": 8, "batch_ramp": {"to": 48, "add": 2, "every": 1}}], "or batch_ramp"),
         (
             [{"from_step": 1, "batch_ramp": {"to": 96, "multiply": 2, "every": 9}}, {"from_step": 5}],

@@ -27,6 +27,7 @@ from pretrain.convert.to_hf import to_hf
 from pretrain.loop import train
 from pretrain.metrics import read_records
 from pretrain.models.sizes import layout_shape
+from pretrain.report import load_run, shape_turns
 from pretrain.step import build_state
 
 STEPS = 12
@@ -140,6 +141,7 @@ def test_stages_are_what_changing_the_configuration_at_their_steps_is(run_config
     targets = [sum(record["source_tokens"].values()) for record in records]
     assert [record["tokens"] for record in records] == [sum(targets[: step + 1]) for step in range(STEPS)]
     assert all(0.9 * a * b < count <= a * b for (a, b), count in zip(SHAPES, targets, strict=True))
+    assert shape_turns(load_run(staged.run.dir)) == [3, 6, 9]
     again = {batch.step: batch_sha256(batch.digests) for batch in replay(staged.run.dir, 0, STEPS - 1)}
     assert again == {record["step"]: record["batch_sha256"] for record in records}
 
