@@ -8,6 +8,7 @@ import numpy as np
 from data_scheduler.batch import ORDINAL_BITS, Float32
 from data_scheduler.encoder import Tokens
 from data_scheduler.formats.records import Document, MarkedText
+from data_scheduler.left_out import empty, mask, with_gaps
 from data_scheduler.order import Int64
 from data_scheduler.sequences import AnyTokens
 from data_scheduler.source import SourceReader
@@ -22,13 +23,19 @@ most of the chunks are never used to their end."""
 class OpenChunk:
     """A chunk's documents from some place of an epoch's order on, encoded a group at a time."""
 
-    def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int) -> None:
+    def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int, generation: int) -> None:
         self._reader = reader
         self._ids = chunk << ORDINAL_BITS
         found, ordinals = reader.open(chunk)
         self._places = ordinals[reader.order(chunk, len(ordinals), epoch)[first:]]
         self._documents = [found[place] for place in self._places.tolist()]
+        self._out = mask(reader, chunk, self._places, generation)
         self._next = 0
+
+    @property
+    def leaves_first_out(self) -> bool:
+        """Whether the first document is left out."""
+        return self._out is not None and len(self._out) > 0 and bool(self._out[0])
 
     def encode_group(self) -> Stretch | None:
         """The next documents as tokens; None when there are none left."""
@@ -42,7 +49,14 @@ class OpenChunk:
             self._next += 1
         group = self._documents[begin : self._next]
         self._documents[begin : self._next] = [None] * len(group)  # memory: the text is not needed again
-        return encode(self._reader, group, self._ids | self._places[begin : self._next])
+        ids = self._ids | self._places[begin : self._next]
+        if self._out is None or not self._out[begin : self._next].any():
+            return encode(self._reader, group, ids)
+        out = self._out[begin : self._next]
+        kept = [document for document, gone in zip(group, out.tolist(), strict=True) if not gone]
+        if not kept:
+            return empty(out, ids, self._reader.token_dtype)
+        return with_gaps(encode(self._reader, kept, ids[~out]), out, ids)
 
 
 def encode(reader: SourceReader, documents: Sequence[Document | None], ids: Int64) -> Stretch:
