@@ -53,6 +53,8 @@ class BestFitPacker:
             stream.generations = carry.generations
             self._place = self._open(carry.width, carry.bins, carry.head).place(carry.taken)
             stream.generations = None
+            if carry.generations != stream.seen_generations:
+                stream.rewind(stream.position)  # what follows the window may be left out
             self._carry = carry
 
     @property

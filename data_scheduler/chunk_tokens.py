@@ -6,6 +6,7 @@ import numpy as np
 
 from data_scheduler.batch import ORDINAL_BITS, Float32
 from data_scheduler.formats.records import Document, MarkedText, MarkedTokens, Versions
+from data_scheduler.left_out import empty, mask, with_gaps
 from data_scheduler.order import Int64
 from data_scheduler.sequences import AnyTokens, join
 from data_scheduler.source import SourceReader
@@ -20,36 +21,50 @@ most of the chunks are never used to their end."""
 class OpenChunk:
     """A chunk's documents from some place of an epoch's order on, encoded a group at a time."""
 
-    def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int) -> None:
+    def __init__(self, reader: SourceReader, chunk: int, epoch: int, first: int, generation: int) -> None:
         self._reader, self._kept, self._epoch = reader, reader.kept, epoch
         self._ids = chunk << ORDINAL_BITS
         self._chunk = reader.open(chunk)
         places = self._chunk.places
         self._places = places[reader.order(chunk, len(places), epoch)[first:]]
+        self._out = mask(reader, chunk, self._places, generation)
         self._left = self._places.tolist()[::-1]
+
+    @property
+    def leaves_first_out(self) -> bool:
+        """Whether the first document is left out."""
+        return self._out is not None and len(self._out) > 0 and bool(self._out[0])
 
     def encode_group(self) -> Stretch | None:
         """The next documents as tokens; None when there are none left."""
         left, documents, size = self._left, self._chunk.documents, 0
         if not left:
             return None
+        begin = len(self._places) - len(left)
         group: list[Document | MarkedTokens] = []
         transforms = self._reader.transforms
         while left and size < GROUP_SIZE:
             place = left.pop()
             document = documents[place]
             assert document is not None, "places name good documents only"
+            if self._out is not None and self._out[len(self._places) - len(left) - 1]:
+                continue
             size += len(document.text) if isinstance(document, MarkedText | Versions) else len(document)
             if isinstance(document, str) and transforms is None:
                 document = self._encoded(place, document)
             elif self._kept is None:
                 documents[place] = None  # memory: the text is not needed again
             group.append(document)
-        begin = len(self._places) - len(left) - len(group)
-        ids = self._ids | self._places[begin : begin + len(group)]
+        end = len(self._places) - len(left)
+        ids = self._ids | self._places[begin:end]
+        out = None if self._out is None or not self._out[begin:end].any() else self._out[begin:end]
+        if out is not None and not group:
+            return empty(out, ids, self._reader.token_dtype)
+        own = ids if out is None else ids[~out]
         if transforms is not None:
-            group = transforms.apply(group, ids.tolist(), self._epoch)
-        return encode(self._reader, group, ids)
+            group = transforms.apply(group, own.tolist(), self._epoch)
+        stretch = encode(self._reader, group, own)
+        return stretch if out is None else with_gaps(stretch, out, ids)
 
     def _encoded(self, place: int, text: str) -> AnyTokens:
         tokens: AnyTokens = self._reader.encoder.encode(text)

@@ -66,7 +66,9 @@ class BandConfig(StrictModel):
     number: Annotated[int, Field(ge=1)]
     """1 is the easiest."""
     by: str
+    """Field with the number."""
     order: Ease
+    """Which end of the numbers is easy."""
     edges: list[Number]
     """Where bands begin, ascending: a record is in the interval [edge, next edge) that its number is in."""
     measured: bool

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_scheduler.journal import Event, Journal, Kind
+from data_scheduler.left_out import Part
 from data_scheduler.mixture import ONE, quantize
 from data_scheduler.order import Int64
 from data_scheduler.plan import SETTINGS, Plan
@@ -62,12 +63,14 @@ def decide_mixture(names: Sequence[str], weights: Mapping[str, float], step: int
     return Decision("mixture", step, data | {"over": over} if over else data)
 
 
-def decide_quarantine(names: Sequence[str], source: str, plan: Plan, step: int) -> Decision:
-    """Draw nothing from a source from `step` on."""
+def decide_quarantine(names: Sequence[str], source: str, plan: Plan, step: int, part: Part | None = None) -> Decision:
+    """Draw nothing from a source from `step` on, or nothing of a `part` that `left_out.check_part` found in it."""
     if source not in names:
         raise RefusedError(f"no source {source!r} (sources: {', '.join(names)})")
     if source in plan.quarantined(step):
         raise RefusedError(f"{source!r} is under quarantine already")
+    if part is not None:
+        return Decision("quarantine", step, {"source": source, **part._asdict()})
     return Decision("quarantine", step, {"source": source})
 
 

@@ -146,7 +146,9 @@ class LaneStream:
                         )
                     self._epoch, self._cursor, self._generations = self._epoch + 1, 0, generations
                     continue
-                self._chunk = OpenChunk(reader, int(hand[self._cursor]), self._epoch, self._document)
+                self._chunk = OpenChunk(reader, int(hand[self._cursor]), self._epoch, self._document, generations)
+                if self._at and self._chunk.leaves_first_out:
+                    self._at = 0  # it was begun before; the rest of it is left out
             stretch = self._chunk.encode_group()
             if stretch is None:
                 self._chunk = None

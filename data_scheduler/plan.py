@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 from data_scheduler.journal import Event, Journal
+from data_scheduler.left_out import LeftOut, Part
 from data_scheduler.timeline import Entry, MixtureTimeline, Timeline
 
 Setting = Literal["lr_scale", "eval_every", "stop_at", "paused"]
@@ -46,6 +47,10 @@ class Growth:
     """Step after which they were found."""
     manifest: dict[str, Any]
     """The files, as a manifest is journaled."""
+    leaves_out: Part | None = None
+    """A file or record that is left out from here on, in the place of new files."""
+    command: str = ""
+    """That asked for it; without `leaves_out` the one that is undone."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Chosen:
         if self.order == before.order:
             return True
         return not self.by_person and (self.kind, self.options) == (before.kind, before.options)
+
+
+def _no_files(source: str) -> dict[str, Any]:
+    """A manifest of nothing, as it is journaled."""
+    return {"source": source, "folders": []}
 
 
 class Plan:
@@ -140,6 +150,10 @@ class Plan:
             self.limits.put(Entry(event.step, event.seq, data["max_epochs"], event.by))
         elif event.kind in SETTINGS:
             self.settings[event.kind].put(Entry(event.step, event.seq, data["value"], event.by, command))
+        elif event.kind == "quarantine" and data.get("file") is not None:
+            within = data.get("within")
+            part = Part(data["file"], data.get("record"), within and (within[0], within[1]))
+            self._put(data["source"], Growth(event.step, -1, _no_files(data["source"]), part, data.get("command", "")))
         elif event.kind == "quarantine":
             self._quarantines = self._quarantines | {
                 data["source"]: [*self._quarantines.get(data["source"], []), (event.step, data.get("command", ""))]
@@ -148,8 +162,7 @@ class Plan:
             self.added[data["source"]["name"]] = (event.step, data["source"]["weight"])
         elif event.kind == "grown":
             files = dict(data)
-            growth = Growth(event.step, files.pop("reported"), files)
-            self.grown[data["source"]] = [*self.grown.get(data["source"], []), growth]
+            self._put(data["source"], Growth(event.step, files.pop("reported"), files))
         elif event.kind == "capped":
             cap = Cap(**data, step=event.step)
             self.capped[cap.source] = [*self.capped.get(cap.source, []), cap]
@@ -174,6 +187,20 @@ class Plan:
             for name, all_of in quarantines.items()
             if any(first <= step < undone.get(command, step + 1) for first, command in all_of)
         )
+
+    def left_out(self, source: str) -> list[LeftOut]:
+        """The files and records that people have taken out of a source, and in which of its generations."""
+        grown = self.grown.get(source, [])
+        ends = {growth.command: number for number, growth in enumerate(grown, 2) if growth.leaves_out is None}
+        return [
+            LeftOut(growth.leaves_out, number, ends.get(growth.command))
+            for number, growth in enumerate(grown, 2)
+            if growth.leaves_out is not None
+        ]
+
+    def parts_out(self, source: str, step: int) -> list[Part]:
+        """The files and records of a source that are under quarantine at `step`."""
+        return [out.part for out in self.left_out(source) if out.holds(self.generations(source, step))]
 
     def asked(self, step: int) -> Mapping[str, float] | None:
         """The weights of a step without quarantined sources; None before the first mixture."""
@@ -238,7 +265,15 @@ class Plan:
             self.mixture.void(policy.step, step if following is None else min(step, following), step)
         for timeline in (self.mixture, self.people, self.policy, *self.settings.values()):
             timeline.undo(command, step)
+        for source, grown in list(self.grown.items()):
+            if any(growth.leaves_out is not None and growth.command == command for growth in grown):
+                self._put(source, Growth(step, -1, _no_files(source), None, command))
         self._undone = self._undone | {command: min(step, self._undone.get(command, step))}
+
+    def _put(self, source: str, growth: Growth) -> None:
+        """Put a generation where it belongs: what is decided now may begin before files that were found earlier do."""
+        grown = sorted([*self.grown.get(source, []), growth], key=lambda one: one.step)
+        self.grown = self.grown | {source: grown}
 
     def _take_back(self, step: int) -> None:
         for timeline in (self.mixture, self.people, self.policy, self.shape, self.limits):

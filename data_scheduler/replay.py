@@ -19,6 +19,8 @@ from data_scheduler.formats.records import Document, MarkedText, Versions
 from data_scheduler.identity import source_configs
 from data_scheduler.journal import Journal
 from data_scheduler.lane import LaneStream, Position
+from data_scheduler.left_out import Part, place_of
+from data_scheduler.order import Int64
 from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry
 from data_scheduler.plan import Plan
@@ -148,6 +150,7 @@ def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[Ledg
     kept = Snapshots(run_dir).steps()
     at = step if step is not None else (kept[-1] if kept else 0)
     scheduler = _at_step(run_dir, at)
+    passed = _passed_over(run_dir, scheduler, at)
     state = scheduler.state_dict()
     asked = _asked(scheduler.plan, scheduler.names, at)
     given = np.asarray(state["given"]).sum(axis=0)
@@ -164,7 +167,13 @@ def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[Ledg
                 asked[number],
                 tokens / total,
                 _epochs(reader, [position for position, _ in places]),
-                _documents_seen(reader, places, scheduler.config.packing, _joined(run_dir, scheduler, number, at)),
+                _documents_seen(
+                    reader,
+                    places,
+                    scheduler.config.packing,
+                    _joined(run_dir, scheduler, number, at),
+                    passed.get(reader.config.name, []),
+                ),
             )
         )
     return at, rows
@@ -180,6 +189,39 @@ def _at_step(run_dir: str | Path, step: int) -> Scheduler:
         next(scheduler)
     scheduler.see_files_of(step)
     return scheduler
+
+
+class _PassedOver(NamedTuple):
+    """Where lanes stood when a part of their source was put under quarantine, and where when it was let in again."""
+
+    part: Part
+    begin: list[tuple[Position, Carry]]
+    end: list[tuple[Position, Carry]] | None
+    """None: it is still out."""
+
+
+def _passed_over(run_dir: str | Path, scheduler: Scheduler, step: int) -> dict[str, list[_PassedOver]]:
+    """What lanes have passed over in each source, by `step`."""
+    packing = PACKERS[scheduler.config.packing]
+
+    def places(at: int, source: int) -> list[tuple[Position, Carry]]:
+        then = _at_step(run_dir, at)
+        reader, lanes = then.readers[source], range(then.config.lanes)
+        opened = [
+            packing(LaneStream(reader, lane, place), carry)
+            for lane in lanes
+            for place, carry in [then.place(lane, source)]
+        ]
+        return [(packer.reached, Carry()) for packer in opened]
+
+    found: dict[str, list[_PassedOver]] = {}
+    for number, name in enumerate(scheduler.names):
+        steps = [0, 0, *(growth.step for growth in scheduler.plan.grown.get(name, []))]
+        for out in scheduler.plan.left_out(name):
+            if steps[out.first] < step:
+                end = None if out.stop is None or steps[out.stop] >= step else places(steps[out.stop], number)
+                found.setdefault(name, []).append(_PassedOver(out.part, places(steps[out.first], number), end))
+    return found
 
 
 def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -> list[list[int]]:
@@ -224,10 +266,35 @@ def _epochs(reader: SourceReader, positions: list[Position]) -> float:
 
 
 def _documents_seen(
-    reader: SourceReader, places: list[tuple[Position, Carry]], packing: str, joined: list[list[int]]
+    reader: SourceReader,
+    places: list[tuple[Position, Carry]],
+    packing: str,
+    joined: list[list[int]],
+    passed_over: list[_PassedOver],
 ) -> list[int]:
     """How many documents were seen 0, 1, 2, … times. Reads every chunk once."""
     documents = [reader.records(chunk)[1] for chunk in range(len(reader.chunks))]
+    seen = _passes(reader, documents, places, packing, joined)
+    for part, begin, end in passed_over:
+        before = _passes(reader, documents, begin, packing, joined)
+        after = _passes(reader, documents, places if end is None else end, packing, joined)
+        for chunk in reader.chunks_of(part.file):
+            own = np.ones(len(documents[chunk]), np.bool_)
+            if part.record is not None:
+                own = documents[chunk] == place_of(reader, chunk, part)
+            seen[chunk] -= np.where(own, np.maximum(0, after[chunk] - before[chunk]), 0)
+    counts = np.bincount(np.concatenate(seen)) if documents else np.zeros(1, dtype=np.int64)
+    return [int(count) for count in counts]
+
+
+def _passes(
+    reader: SourceReader,
+    documents: list[Int64],
+    places: list[tuple[Position, Carry]],
+    packing: str,
+    joined: list[list[int]],
+) -> list[Int64]:
+    """How often each document was passed on the way to `places`: int64[documents] for every chunk."""
     seen = [np.zeros(len(ordinals), dtype=np.int64) for ordinals in documents]
     for lane, (position, carry) in enumerate(places):
         for past in range(position.epoch):
@@ -245,5 +312,4 @@ def _documents_seen(
             for document in PACKERS[packing](LaneStream(reader, lane, position), carry).begun().tolist():
                 chunk, ordinal = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
                 seen[chunk][documents[chunk].searchsorted(ordinal)] += 1
-    counts = np.bincount(np.concatenate(seen)) if documents else np.zeros(1, dtype=np.int64)
-    return [int(count) for count in counts]
+    return seen

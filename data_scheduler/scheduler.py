@@ -486,8 +486,10 @@ class Scheduler:
             grown = self.plan.grown.get(name, [])
             if grown != self._grown.get(name, []):
                 self._grown[name] = grown
-                reader.grow([Manifest.from_data(growth.manifest) for growth in grown])
+                reader.grow([Manifest.from_data(growth.manifest) for growth in grown], self.plan.left_out(name))
                 keep_small_sources(self.readers)
+            if reader.left_out and reader.generations != generations:
+                self._reopen(self.names.index(name))
             reader.generations, reader.max_epochs = generations, limits.get(name)
         carries = self._places.positions[:, :, len(Position._fields) :]
         through = carries[:, :, Carry._fields.index("bins")] == EXHAUSTED
@@ -495,6 +497,12 @@ class Scheduler:
         through &= carries[:, :, Carry._fields.index("generations")] == seen
         own = np.arange(self.config.lanes) % self._dp_size == self._dp_rank
         self._sources_through = {(lane, source) for lane, source in np.argwhere(through & own[:, None]).tolist()}
+
+    def _reopen(self, source: int) -> None:
+        """Let lanes open a source again where they stand: other documents are left out from here on."""
+        for lane in [lane for lane, of in self._packers if of == source]:
+            packer = self._packers.pop((lane, source))
+            self._places.positions[lane, source] = packer.position + packer.carry
 
     def _shares(self, step: int, wanted: Mapping[str, float] | None) -> Int64:
         """Each source's share of a step, int64[sources]; nothing for sources that have reached their limit.

@@ -3,7 +3,7 @@
 import itertools
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from data_scheduler.config import DataConfig, SourceConfig
 from data_scheduler.encoder import Encoder, Tokens
 from data_scheduler.formats.records import Document, Records
 from data_scheduler.kept_documents import KeptChunk, KeptDocuments
+from data_scheduler.left_out import LeftOut
 from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, deal, permutation
 from data_scheduler.parts import PartReader
@@ -82,16 +83,19 @@ class SourceReader:
         self._read_as = [config.format, config.text_key, config.template, config.where, config.max_document_bytes]
         if config.band is not None:
             self._read_as += BandFilter(config.band).key
-        self._original = manifest
+        self.original = manifest
+        """The files that the source entered the run with."""
         self.grow([])
         if not self.chunks:
             raise ConfigError(f"source {config.name!r} has no data")
 
-    def grow(self, more: Sequence[Manifest]) -> None:
-        """Take `more` for the files that joined the source after it entered the run, in the order of their joining."""
-        self.manifest, self._firsts = self._original, [0]
+    def grow(self, more: Sequence[Manifest], left_out: Sequence[LeftOut] = ()) -> None:
+        """Take `more` for the files that joined the source after it entered the run, in the order of their joining, and
+        `left_out` for what is under quarantine when."""
+        self.left_out = list(left_out)
+        self.manifest, self._firsts = self.original, [0]
         tables = []
-        for number, manifest in enumerate([self._original, *more]):
+        for number, manifest in enumerate([self.original, *more]):
             self.manifest = self.manifest.with_more(manifest) if number else manifest
             tables.append(manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes))
             self._firsts.append(self._firsts[-1] + len(tables[-1]))
@@ -106,6 +110,17 @@ class SourceReader:
     def text_bytes(self) -> int:
         """Text in one epoch, as far as it is known without reading."""
         return int(self._sizes.sum())
+
+    def chunks_of(self, path: str) -> Iterator[int]:
+        """The chunks of a file."""
+        pieces = self.chunks.pieces
+        numbers = [number for number, (name, _) in enumerate(pieces.files) if name == path]
+        for piece in np.flatnonzero(np.isin(pieces.file, numbers)).tolist():
+            yield from range(*self.chunks.firsts[piece : piece + 2].tolist())
+
+    def read(self, chunk: int) -> Records:
+        """The records of a chunk, for looking at them: rejects are not counted."""
+        return self._parts.read(self.chunks[chunk])
 
     def generation_of(self, chunk: int) -> int:
         """0 for a chunk that was there when the source entered the run, n for one that joined with the n-th growth."""

@@ -97,7 +97,8 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
             inner.append((below, reference, ""))
             meaning = place.get("description") or models[reference].get("description", "")
             what = "list of sections" if below.endswith("[n]") else "section"
-            rows.append((key, what, "", f"{meaning} See `{below}`."))
+            default = "`null`" if {"type": "null"} in place.get("anyOf", ()) else ""
+            rows.append((key, f"{what} or null" if default else what, default, f"{meaning} See `{below}`."))
         else:
             default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
             rows.append((key, _type(place), default, place.get("description", "")))
@@ -107,7 +108,8 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
 
 
 def _reference(place: Schema) -> str | None:
-    """Name of the model that a property holds, or that its list items are; None for a plain value."""
+    """Name of the model that a property holds, if it may be null too, or that its list items are; None for a plain
+    value."""
     target = place.get("items", place)
     parts = [*target.get("allOf", ()), *target.get("anyOf", ())]
     reference = target.get("$ref") or next((part["$ref"] for part in parts if "$ref" in part), None)

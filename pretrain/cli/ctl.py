@@ -1,6 +1,7 @@
 """`headrace ctl RUN …`: change a run while it goes on."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -127,16 +128,22 @@ def stop_at(
 @app.command()
 def quarantine(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="SOURCE[:FILE[:RECORD]]", help="What is not to be drawn any more.")],
+    what: Annotated[
+        str, typer.Argument(metavar="SOURCE[:FILE[:RECORD[@BEGIN-END]]]", help="What is not to be drawn any more.")
+    ],
     why: Why = "",
     timeout: Timeout = 60.0,
 ) -> None:
-    """Draw nothing from a source any more; `undo` lets it in again."""
+    """Draw nothing from a source, a file or a record any more; `undo` lets it in again.
+
+    Files and records are named as `headrace data trace` names them: `12 of bytes 0-8192` is `12@0-8192`.
+    """
     source, _, rest = what.partition(":")
-    file, _, record = rest.rpartition(":")
-    if not (file and record.isdecimal()):  # URLs have colons too
-        file, record = rest, ""
-    command = {"source": source, "file": file or None, "record": int(record) if record else None}
+    command: dict[str, Any] = {"source": source, "file": rest or None}
+    if found := re.fullmatch(r"(.+):([0-9]+)(?:@([0-9]+)-([0-9]+))?", rest):  # URLs have colons too
+        file, record, *within = found.groups()
+        command |= {"file": file, "record": int(record)}
+        command |= {"within": [int(edge) for edge in within]} if within[0] else {}
     _ask(context, {"command": "quarantine", **command}, why, timeout)
 
 

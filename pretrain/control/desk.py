@@ -24,8 +24,11 @@ from data_scheduler.control import (
 )
 from data_scheduler.journal import Event
 from data_scheduler.layout_index import LayoutIndex
+from data_scheduler.left_out import Part, check_part
 from data_scheduler.manifest import Manifest
+from data_scheduler.source import SourceReader
 from data_scheduler.transforms.source_transforms import open_transforms
+from data_scheduler.unit_cache import UnitCache
 from headrace.errors import ConfigError, HeadraceError
 from pretrain.config import ControlConfig
 from pretrain.control import request as ask
@@ -175,9 +178,7 @@ def _decision(command: ask.Command, stand: Stand) -> tuple[list[Decision], Decis
                 raise RefusedError(f"the run ends after {stand.steps} steps anyway")
             return [], Decision("stop_at", step, {"value": last})
         case ask.Quarantine():
-            if command.file is not None:
-                raise RefusedError("a file or record alone cannot be put under quarantine; name its source only")
-            return [], decide_quarantine(scheduler.names, command.source, plan, earliest)
+            return [], decide_quarantine(scheduler.names, command.source, plan, earliest, _part(command, scheduler))
         case ask.AddSource():
             return _added_source(command, stand)
         case ask.Pause() | ask.Resume():
@@ -188,6 +189,32 @@ def _decision(command: ask.Command, stand: Stand) -> tuple[list[Decision], Decis
         case ask.Undo():
             return [], decide_undo(scheduler.journal, command.event, step, earliest)
     raise RefusedError("not a command")
+
+
+def _part(command: ask.Quarantine, scheduler: Scheduler) -> Part | None:
+    """The file or record that is meant; None: the whole source. Raises RefusedError when the source has no such one."""
+    if command.file is None:
+        if command.record is not None or command.within is not None:
+            raise RefusedError("a record needs its file")
+        return None
+    if command.record is None and command.within is not None:
+        raise RefusedError("bytes say where a record is counted; name the record")
+    part = Part(command.file, command.record, command.within and (command.within[0], command.within[1]))
+    if command.source in scheduler.names:
+        out = scheduler.plan.parts_out(command.source, scheduler.earliest_change)
+        try:
+            check_part(_reader_for_looking(scheduler, command.source), part, out)
+        except ConfigError as error:
+            raise RefusedError(str(error)) from None
+    return part
+
+
+def _reader_for_looking(scheduler: Scheduler, name: str) -> SourceReader:
+    """A reader of a source with all its files, so that the loader may go on with its own."""
+    reader = scheduler.readers[scheduler.names.index(name)]
+    own = SourceReader(reader.config, reader.original, scheduler.config, scheduler.encoder, UnitCache())
+    own.grow([Manifest.from_data(growth.manifest) for growth in scheduler.plan.grown.get(name, [])])
+    return own
 
 
 def _added_source(command: ask.AddSource, stand: Stand) -> tuple[list[Decision], Decision]:
@@ -226,7 +253,8 @@ def status(stand: Stand) -> Answer:
         "earliest_change": scheduler.earliest_change,
         "mixture": dict(plan.asked(step) or {}),
         "decided_by": "person" if plan.person_decides(step) else f"policy:{plan.chosen(step).kind}",
-        "quarantined": sorted(plan.quarantined(step)),
+        "quarantined": sorted(plan.quarantined(step))
+        + [f"{name}:{part}" for name in scheduler.names for part in plan.parts_out(name, step)],
         **settings,
         "paused": bool(settings["paused"]),
         "changes": [

@@ -70,12 +70,14 @@ class StopAt(StrictModel):
 
 
 class Quarantine(StrictModel):
-    """Draw nothing from a source any more."""
+    """Draw nothing from a source, one of its files or one of its records any more."""
 
     command: Literal["quarantine"]
     source: Name
-    file: Annotated[str, Field(max_length=4096)] | None = None
+    file: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     record: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
+    within: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None
+    """Bytes of the file's text that the record is counted in, where `headrace data trace` says so."""
 
 
 class AddSource(StrictModel):
