@@ -94,7 +94,8 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
             below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
             inner.append((below, reference, ""))
             meaning = place.get("description") or models[reference].get("description", "")
-            rows.append((key, "list of sections" if "[n]" in below else "section", "", f"{meaning} See `{below}`."))
+            what = "section or null" if "anyOf" in place else "list of sections" if "[n]" in below else "section"
+            rows.append((key, what, "`null`" if "anyOf" in place else "", f"{meaning} See `{below}`."))
         else:
             default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
             rows.append((key, _type(place), default, place.get("description", "")))
@@ -106,7 +107,8 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
 def _reference(place: Schema) -> str | None:
     """Name of the model that a property holds, or that its list items are; None for a plain value."""
     target = place.get("items", place)
-    reference = target.get("$ref") or next((part["$ref"] for part in target.get("allOf", ()) if "$ref" in part), None)
+    parts = [*target.get("allOf", ()), *target.get("anyOf", ())]
+    reference = target.get("$ref") or next((part["$ref"] for part in parts if "$ref" in part), None)
     return None if reference is None else str(reference).rpartition("/")[2]
 
 
