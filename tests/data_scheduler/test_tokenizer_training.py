@@ -171,3 +171,18 @@ def test_impossible_wishes_are_refused(tmp_path: Path) -> None:
 def test_the_pattern_is_one_that_the_fast_encoder_knows(folder: Path) -> None:
     fields = json.loads((folder / "tokenizer.json").read_text())
     assert fields["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": WORD_PATTERN}
+
+
+def test_special_tokens_of_ones_own(tmp_path: Path) -> None:
+    names = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
+    train_tokenizer([SOURCE], 400, tmp_path, special_tokens=names)
+    encoder = load_encoder(tmp_path)
+    assert encoder.name == "gigatoken"
+    assert [encoder.special_id(name) for name in names] == [8, 9, 10]
+    assert encoder.special_id("<|endoftext|>") == 0
+    assert encoder.special_id("a") is None
+    assert encoder.special_id("<|no_such|>") is None
+    assert not set(encoder.encode("".join(names)).tolist()) & {8, 9, 10}, "text spells none of them"
+    for wrong in (["<|x|>", "<|x|>"], ["<|endoftext|>"], [" "]):
+        with pytest.raises(ConfigError, match="give each name once"):
+            train_tokenizer([SOURCE], 400, tmp_path / "wrong", special_tokens=wrong)

@@ -187,11 +187,11 @@ def test_yaml_in_pages_has_valid_keys(file: str, text: str) -> None:
 
 
 def dotted_keys(node: Any, path: str = "") -> Iterator[str]:
-    """Every key of a configuration; the free mappings `data.policy.options` and `weights` are not looked into."""
+    """Every key of a configuration; free mappings (options of a policy or selector, `weights`) are not looked into."""
     for key, value in node.items():
         here = f"{path}{key}"
         yield here
-        if here == "data.policy.options" or key == "weights":
+        if here in ("data.policy.options", "train.selection.options") or key == "weights":
             continue
         if isinstance(value, dict):
             yield from dotted_keys(value, f"{here}.")

@@ -1,5 +1,7 @@
 """Packing what was chosen: every kept document once and whole, and the same gradient as without packing."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,7 +23,7 @@ def documents(microbatches: list[MicroBatch], chosen: np.ndarray | None = None) 
     for number, each in enumerate(microbatches):
         mask = each.loss_mask[0].numpy() if chosen is None else each.loss_mask[0].numpy() & chosen[number]
         edges = each.cu_seqlens.tolist()
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             if mask[begin:end].any():
                 weights = None if each.loss_weights is None else each.loss_weights[0, begin:end]
                 found.append(

@@ -1,4 +1,4 @@
-"""Steps and runs on a part of their batches: same choice under every layout, exact accounting, bit-equal after a kill."""
+"""Steps and runs on a part of their batches: alike under every layout, exactly accounted, bit-equal after a kill."""
 
 import os
 from collections.abc import Callable
