@@ -53,6 +53,20 @@ def test_time_left_after_a_resume_counts_only_this_process() -> None:
     assert lines[0].endswith("0:30 left")
 
 
+def test_time_left_goes_by_tokens_where_steps_are_unequal() -> None:
+    """Ten steps of 1,000 tokens, then ten of 3,000: after five of the first, 35 of 40 parts are left."""
+    out, clock = io.StringIO(), Clock()
+
+    def given(step: int) -> int:
+        return 1000 * step + 2000 * max(0, step - 10)
+
+    with Progress(20, console=Console(file=out), every_s=0.0, clock=clock, given=given) as progress:
+        for step in range(5):
+            clock.now += 1.0
+            progress.update(record(step))
+    assert out.getvalue().splitlines()[-1].endswith("0:35 left")
+
+
 def test_the_wait_is_a_share_of_the_step_when_its_time_is_known() -> None:
     assert "data wait 50.0%" in lines_of(1, 1.0, step_s=0.04)[0]
 
