@@ -106,8 +106,10 @@ def part_of(run_dir: Path, at: int, whole: bool) -> Part:
 @pytest.mark.parametrize(
     ("kind", "packing", "whole"),
     [
-        ("plain", "split", True), ("plain", "best_fit", False), ("blocks", "split", False), ("blocks", "best_fit", True),
-        ("parquet", "split", False), ("parquet", "best_fit", True), ("csv", "split", False), ("csv", "best_fit", False),
+        ("plain", "split", True), ("plain", "best_fit", False),
+        ("blocks", "split", False), ("blocks", "best_fit", True),
+        ("parquet", "split", False), ("parquet", "best_fit", True),
+        ("csv", "split", False), ("csv", "best_fit", False),
     ],
 )  # fmt: skip
 def test_left_out_from_a_step_on_through_stops_and_replay(
