@@ -226,7 +226,9 @@ def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -
     name, packing = scheduler.names[source], PACKERS[scheduler.config.packing]
     joined = []
     for growth in scheduler.plan.grown.get(name, []):
-        if growth.step < step:
+        if not growth.manifest["folders"]:
+            joined.append([])  # nothing joined: a part was put under quarantine, or let in again
+        elif growth.step < step:
             then = _at_step(run_dir, growth.step)
             reader = then.readers[source]
             places = [then.place(lane, source) for lane in range(then.config.lanes)]

@@ -17,7 +17,8 @@ from data_scheduler import DataConfig, Journal, Scheduler, batch_sha256, merge_s
 from data_scheduler.batch import ORDINAL_BITS
 from data_scheduler.control import Decision, RefusedError, decide_quarantine, decide_undo
 from data_scheduler.journal import Event
-from data_scheduler.left_out import Part, check_part
+from data_scheduler.lane import LaneStream
+from data_scheduler.left_out import LeftOut, Part, check_part
 from data_scheduler.replay import ledger, replay, trace
 from data_scheduler.source import SourceReader
 from data_scheduler.state import Snapshots
@@ -216,6 +217,30 @@ def test_the_ledger_does_not_count_what_was_passed_over(spoiled: Make, tmp_path:
             expected = Counter([*times.values(), *[0] * (210 - len(times))])
             assert seen == {number: count for number, count in expected.items() if count}, at
     assert max(times.values()) > 1
+
+
+def test_a_document_that_was_begun_is_broken_off_and_the_next_begins_at_its_beginning(
+    spoiled: Make, tmp_path: Path
+) -> None:
+    scheduler = opened(spoiled(), tmp_path / "run", 1, prefetch=0)[0]
+    for _ in range(5):
+        next(scheduler)
+    reader, cut = scheduler.readers[0], 0
+    for lane in range(4):
+        place, _ = scheduler.place(lane, 0)
+        row = np.empty(200, np.int64)
+        reader.left_out, reader.generations = [], 1
+        before = LaneStream(reader, lane, place).take(row)
+        document = int(before.document_ids[0])
+        chunk, number = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
+        file = reader.chunks[chunk].unit.path
+        for part in (Part(file), Part(file, *reader.record_number(chunk, reader.read(chunk), number))):
+            reader.left_out, reader.generations = [LeftOut(part, 2)], 2
+            after = LaneStream(reader, lane, place).take(row)
+            assert document not in after.document_ids
+            assert not after.offsets.any()
+        cut += bool(before.offsets[0])
+    assert cut, "some lane was in the middle of a document"
 
 
 def test_a_resumed_run_keeps_what_is_out(spoiled: Make, tmp_path: Path) -> None:
