@@ -6,6 +6,7 @@ nearest kept state (one per checkpoint) on, by the same code that made it the fi
 
 import itertools
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -204,6 +205,7 @@ def _passed_over(run_dir: str | Path, scheduler: Scheduler, step: int) -> dict[s
     """What lanes have passed over in each source, by `step`."""
     packing = PACKERS[scheduler.config.packing]
 
+    @cache
     def places(at: int, source: int) -> list[tuple[Position, Carry]]:
         then = _at_step(run_dir, at)
         reader, lanes = then.readers[source], range(then.config.lanes)
@@ -230,7 +232,9 @@ def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -
     name, packing = scheduler.names[source], PACKERS[scheduler.config.packing]
     joined = []
     for growth in scheduler.plan.grown.get(name, []):
-        if growth.step < step:
+        if not growth.manifest["folders"]:
+            joined.append([])  # nothing joined: a part was put under quarantine, or let in again
+        elif growth.step < step:
             then = _at_step(run_dir, growth.step)
             reader = then.readers[source]
             places = [then.place(lane, source) for lane in range(then.config.lanes)]
@@ -275,9 +279,13 @@ def _documents_seen(
     """How many documents were seen 0, 1, 2, … times. Reads every chunk once."""
     documents = [reader.records(chunk)[1] for chunk in range(len(reader.chunks))]
     seen = _passes(reader, documents, places, packing, joined)
+    counted: dict[int, list[Int64]] = {}
     for part, begin, end in passed_over:
-        before = _passes(reader, documents, begin, packing, joined)
-        after = _passes(reader, documents, places if end is None else end, packing, joined)
+        end = places if end is None else end
+        for stand in (begin, end):
+            if id(stand) not in counted:  # many records are taken out at once
+                counted[id(stand)] = _passes(reader, documents, stand, packing, joined)
+        before, after = counted[id(begin)], counted[id(end)]
         for chunk in reader.chunks_of(part.file):
             own = np.ones(len(documents[chunk]), np.bool_)
             if part.record is not None:

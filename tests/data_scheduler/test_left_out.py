@@ -17,7 +17,8 @@ from data_scheduler import DataConfig, Journal, Scheduler, batch_sha256, merge_s
 from data_scheduler.batch import ORDINAL_BITS
 from data_scheduler.control import Decision, RefusedError, decide_quarantine, decide_undo
 from data_scheduler.journal import Event
-from data_scheduler.left_out import Part, check_part
+from data_scheduler.lane import LaneStream
+from data_scheduler.left_out import LeftOut, Part, check_part
 from data_scheduler.replay import ledger, replay, trace
 from data_scheduler.source import SourceReader
 from data_scheduler.state import Snapshots
@@ -175,9 +176,7 @@ def test_left_out_from_a_step_on_through_stops_and_replay(
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
-def test_everything_else_is_seen_once_an_epoch_and_the_ledger_knows(
-    spoiled: Make, tmp_path: Path, packing: str
-) -> None:
+def test_everything_else_is_seen_once_an_epoch(spoiled: Make, tmp_path: Path, packing: str) -> None:
     config = spoiled("parquet", packing=packing, source={"max_epochs": 1}, prefetch=0, policy={"horizon": 3})
     ranks = opened(config, tmp_path / "run", 1, prefetch=0)
     file = ranks[0].readers[0].manifest.files[1][0]
@@ -186,16 +185,62 @@ def test_everything_else_is_seen_once_an_epoch_and_the_ledger_knows(
         if at == 1:
             asked(ranks, decide_quarantine(ranks[0].names, "s", ranks[0].plan, 1, Part(file)), "out")
         step(ranks, begun)
-    Snapshots(tmp_path / "run").save(merge_states([ranks[0].state_dict()]))
     counts = Counter(name for names in begun.values() for name in names)
     late = Counter(name for at, names in begun.items() if at >= 1 for name in names)
     assert packing == "best_fit" or not [name for name in late if name.startswith("f1-")]
     assert set(counts.values()) == {1}
-    _, rows = ledger(tmp_path / "run", 60)
-    assert rows[0].documents_seen[1] == len(counts)
-    assert sum(rows[0].documents_seen) == 210
     assert len([name for name in counts if not name.startswith("f1-")]) > 100
     assert ranks[0].plan.is_capped("s", 60)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_ledger_does_not_count_what_was_passed_over(spoiled: Make, tmp_path: Path, whole: bool) -> None:
+    ranks = opened(spoiled("parquet"), tmp_path / "run", 1, prefetch=0)
+    file = ranks[0].readers[0].manifest.files[1][0]
+    begun: dict[int, list[str]] = {}
+    events = []
+    for at in range(60):
+        if at == 6:
+            parts = [Part(file)] if whole else [Part(file, record) for record in range(5, 30)]
+            for number, part in enumerate(parts):
+                decision = decide_quarantine(["s", "t"], "s", ranks[0].plan, 6, part)
+                events.append(asked(ranks, decision, f"out {number}"))
+        if at == 45:
+            for event in events:
+                asked(ranks, decide_undo(ranks[0].journal, event.seq, 0, 45), f"back {event.seq}")
+        step(ranks, begun)
+        if at in (39, 59):
+            Snapshots(tmp_path / "run").save(merge_states([ranks[0].state_dict()]))
+            times = Counter(name for names in begun.values() for name in names)
+            _, rows = ledger(tmp_path / "run", at + 1)
+            seen = {number: count for number, count in enumerate(rows[0].documents_seen) if count}
+            expected = Counter([*times.values(), *[0] * (210 - len(times))])
+            assert seen == {number: count for number, count in expected.items() if count}, at
+    assert max(times.values()) > 1
+
+
+def test_a_document_that_was_begun_is_broken_off_and_the_next_begins_at_its_beginning(
+    spoiled: Make, tmp_path: Path
+) -> None:
+    scheduler = opened(spoiled(), tmp_path / "run", 1, prefetch=0)[0]
+    for _ in range(5):
+        next(scheduler)
+    reader, cut = scheduler.readers[0], 0
+    for lane in range(4):
+        place, _ = scheduler.place(lane, 0)
+        row = np.empty(200, np.int64)
+        reader.left_out, reader.generations = [], 1
+        before = LaneStream(reader, lane, place).take(row)
+        document = int(before.document_ids[0])
+        chunk, number = document >> ORDINAL_BITS, document & ((1 << ORDINAL_BITS) - 1)
+        file = reader.chunks[chunk].unit.path
+        for part in (Part(file), Part(file, *reader.record_number(chunk, reader.read(chunk), number))):
+            reader.left_out, reader.generations = [LeftOut(part, 2)], 2
+            after = LaneStream(reader, lane, place).take(row)
+            assert document not in after.document_ids
+            assert not after.offsets.any()
+        cut += bool(before.offsets[0])
+    assert cut, "some lane was in the middle of a document"
 
 
 def test_a_resumed_run_keeps_what_is_out(spoiled: Make, tmp_path: Path) -> None:

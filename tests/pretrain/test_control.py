@@ -16,7 +16,7 @@ from test_loop import Make, curve, maker
 from typer.testing import CliRunner
 
 from data_scheduler import DataConfig, Journal, batch_sha256
-from data_scheduler.replay import replay
+from data_scheduler.replay import replay, trace
 from headrace.errors import UnreachableError
 from pretrain.cli import app
 from pretrain.config import RunConfig
@@ -176,6 +176,37 @@ def test_what_cannot_be_is_refused_and_changes_nothing(live: Any, tmp_path: Path
     assert "first command again" in run.refused("undo", event=undone["event"])
 
 
+def test_a_file_and_a_record_are_left_out_and_let_in_again(live: Any, run_config: Make) -> None:
+    run = live()
+    run.until_step(3)
+    first = trace(run.run_dir, 1)
+    document = next(document for document in first if document.source == "c")
+    other = next(document for document in first if document.source == "b" and document.within is not None)
+    for wrong, reason in (
+        ({"file": "nowhere"}, "has no file 'nowhere'"),
+        ({"record": 3}, "a record needs its file"),
+        ({"file": document.file, "within": [0, 8]}, "name the record"),
+        ({"file": document.file, "record": 10**6}, "is no document of source 'c'"),
+    ):
+        assert reason in run.refused("quarantine", source="c", **wrong)
+    out = run.accepted("quarantine", source="c", file=document.file)
+    what = f"b:{other.file}:{other.record}" + "@{}-{}".format(*other.within)
+    assert ctl(str(run.run_dir), "quarantine", what).exit_code == 0
+    assert "under quarantine already" in run.refused("quarantine", source="c", file=document.file)
+    run.until_step(out["step"] + 2)
+    assert run.ask("status")["quarantined"] == [what, f"c:{document.file}"]
+    back = run.accepted("undo", event=out["event"])
+    run.until_step(back["step"] + 2)
+    assert run.ask("status")["quarantined"] == [what]
+    run.accepted("stop-at", at="+2")
+    run.end()
+    hashes = {r["step"]: r["batch_sha256"] for r in curve(run_config("run")) if "batch_sha256" in r}
+    for batch in replay(run.run_dir, 0, max(hashes)):
+        assert batch_sha256(batch.digests) == hashes[batch.step]
+    begun = [d for step in range(out["step"], back["step"]) for d in trace(run.run_dir, step) if d.token_start == 0]
+    assert not [d for d in begun if d.file == document.file]
+
+
 def test_a_command_begins_with_the_first_step_that_is_not_prepared(live: Any) -> None:
     run = live(data__prefetch=5)
     for _ in range(5):
@@ -218,7 +249,8 @@ def test_the_command_line_says_what_came_of_it(live: Any, tmp_path: Path) -> Non
     assert ctl(folder, "undo", str(mixed.seq)).exit_code == 0
     for words, reason in (
         (["set-mix", "zz=1"], "unknown source 'zz'"),
-        (["quarantine", "a:file.jsonl:3"], "name its source only"),
+        (["quarantine", "a:file.jsonl:3"], "source 'a' has no file 'file.jsonl'"),
+        (["quarantine", "a:file.jsonl:3@0-9"], "source 'a' has no file 'file.jsonl'"),
         (["undo", "0"], "not asked for by a command"),
         (["stop-at", "1"], "is over"),
     ):

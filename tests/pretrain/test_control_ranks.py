@@ -28,9 +28,10 @@ STEPS = 36
 class Client(threading.Thread):
     """Asks for things at random, by file or over HTTP, and keeps the answers."""
 
-    def __init__(self, run_dir: Path, rng: random.Random, new: Path, until: threading.Event) -> None:
+    def __init__(self, config: RunConfig, rng: random.Random, new: Path, until: threading.Event) -> None:
         super().__init__(daemon=True)
-        self.run_dir, self.rng, self.new, self.until = run_dir, rng, new, until
+        self.run_dir, self.rng, self.new, self.until = Path(config.run.dir), rng, new, until
+        self.files = sorted(str(path) for path in Path(config.data.sources[1].paths[0]).iterdir())
         self.answers: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -68,6 +69,8 @@ class Client(threading.Thread):
                 {"command": "set-policy", "kind": "static", "at": at},
                 {"command": "set-lr-scale", "scale": rng.choice([0.5, 0.7, 1.3]), "at": at},
                 {"command": "quarantine", "source": rng.choice("abcde")},
+                {"command": "quarantine", "source": "b", "file": rng.choice(self.files)},
+                {"command": "quarantine", "source": "b", "file": rng.choice(self.files)},
                 {"command": "add-source", "source": {"name": "e", "paths": [str(self.new)], "weight": 0.7}},
                 {"command": "undo", "event": rng.choice(events or [0])},
                 {"command": "save-now"},
@@ -103,7 +106,7 @@ def session(config: RunConfig, ranks: int, rng: random.Random, new: Path, kill_a
         return max(run_ranks(ranks, go, config, timeout_s=200)) if ranks > 1 else go(config)
 
     pid = child_process.start(start, log)
-    clients = [Client(run_dir, random.Random(rng.random()), new, over) for _ in range(3)]
+    clients = [Client(config, random.Random(rng.random()), new, over) for _ in range(3)]
     for client in clients:
         client.start()
     deadline = time.monotonic() + 220
@@ -117,7 +120,7 @@ def session(config: RunConfig, ranks: int, rng: random.Random, new: Path, kill_a
             if kill_after is None and lines(run_dir) > quiet:
                 over.set()
                 if not any(client.is_alive() for client in clients):
-                    Client(run_dir, random.Random(0), new, over).ask({"command": "resume"})
+                    Client(config, random.Random(0), new, over).ask({"command": "resume"})
             time.sleep(0.02)
     finally:
         over.set()
