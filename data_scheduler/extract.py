@@ -99,6 +99,9 @@ class Extractor:
         other._refused = mark, reason
         return other
 
+    def _is_refused(self, text: str) -> bool:
+        return self._refused is not None and self._refused[0] in text
+
     def add_document(self, text: str, records: Records, marked: MarkedText | Versions | None = None) -> None:
         """Add a text (as `marked`, where given) as a document, or as a reject when it is too long."""
         own = self.band is not None
@@ -108,7 +111,7 @@ class Extractor:
         # A character is at most four bytes; only what may be too long is measured.
         if 4 * len(text) > self.max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > self.max_bytes:
             records.reject(self.too_long(size), own)
-        elif self._refused is not None and self._refused[0] in text:
+        elif self._refused is not None and self._is_refused(text):
             records.reject(self._refused[1], own)
         else:
             records.documents.append(text if marked is None else marked)
@@ -118,7 +121,8 @@ class Extractor:
         try:
             if self.is_versioned:
                 marked = self._versions(row)
-                text = max((marked.choose(place).text for place in range(len(marked.choices))), key=len)
+                texts = [marked.choose(place).text for place in range(len(marked.choices))]
+                text = max(texts, key=lambda each: (self._is_refused(each), len(each)))
             else:
                 text = _fill(self.parts, row, self.is_template)
                 marked = self._marked(text, row) if self.is_marked else None

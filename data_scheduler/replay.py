@@ -230,7 +230,7 @@ def _joined(run_dir: str | Path, scheduler: Scheduler, source: int, step: int) -
     """Per joining of new files before `step`, the epoch that each lane's stream was in: new chunks are in that one and
     those after it."""
     name, packing = scheduler.names[source], PACKERS[scheduler.config.packing]
-    joined = []
+    joined: list[list[int]] = []
     for growth in scheduler.plan.grown.get(name, []):
         if not growth.manifest["folders"]:
             joined.append([])  # nothing joined: a part was put under quarantine, or let in again

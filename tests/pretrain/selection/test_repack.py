@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import tiny_batch, tiny_config, tiny_state
 
@@ -37,6 +37,7 @@ def documents(microbatches: list[MicroBatch], chosen: np.ndarray | None = None) 
     return sorted(found)
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 50), st.floats(0, 1), st.booleans(), st.sampled_from([1, 2, 4]))
 def test_every_kept_document_is_there_once_and_whole(seed: int, share: float, weighted: bool, size: int) -> None:
     batch = tiny_batch(seed, micro_batch_size=size, weighted=weighted)
