@@ -7,20 +7,19 @@ seed of its own, since gains of curricula vanish when it is not ("Curriculum Lea
 stand two controls that know nothing: `random`, shares drawn anew for each seed, and `reversed`, the shares of
 `proportional` dealt out the other way round, the largest source getting the smallest share.
 
-All policies run with their defaults where the defaults suit a run of any length; rounds of `aioli` are shortened, or
-there would be none in so short a run.
+All policies have their defaults but for what is meant for long runs: `aioli` has four rounds of one sweep, and `ado`
+fits to means of 2 reports, not 10, or half of the run would be over before its first fit.
 """
 
 import argparse
 import json
 import random
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.loading.result import circumstances, result_options, versions, write_result
-from benchmarks.mixing.experiment import Experiment, Trial
+from benchmarks.mixing.experiment import TUNING_SEED, Experiment, Trial
 from benchmarks.mixing.report import plot_real_text, show
 from benchmarks.mixing.sources import NAMES, write_sources
 from benchmarks.mixing.training import train_once
@@ -30,10 +29,10 @@ RESULT = ROOT / "benchmarks" / "results" / "mixing_real_text.json"
 PICTURE = ROOT / "docs" / "images" / "mixing_real_text.png"
 ARMS = ["uniform", "proportional", "temperature", "odm", "ado", "aioli", "random", "reversed"]
 RATES = [2e-3, 4e-3, 8e-3]
-SEEDS = [1, 2, 3]
+SEEDS = 3
 FULL = {
-    "layers": 2, "hidden": 192, "heads": 4, "ffn": 512, "vocab": 1024, "seq_len": 64, "batch": 16, "steps": 250,
-    "warmup": 20, "evaluated": 6, "judged": 48,
+    "layers": 2, "hidden": 192, "heads": 4, "ffn": 512, "vocab": 1024, "seq_len": 64, "batch": 8, "steps": 200,
+    "warmup": 20, "evaluated": 4, "judged": 48,
 }  # fmt: skip
 QUICK = FULL | {"hidden": 32, "ffn": 64, "steps": 12, "warmup": 2, "evaluated": 1, "judged": 2}
 
@@ -48,8 +47,12 @@ def configuration(settings: dict[str, Any], corpus: Path, trial: Trial, shares: 
     for source in sources:
         source["weight"] = weights[source["name"]]
     kinds = {"uniform": "static", "random": "static", "reversed": "static"}
-    rounds = {"turn_steps": 2, "sweeps": 1, "round_steps": max(settings["steps"] // 5, 2 * len(NAMES) + 10)}
-    policy = {"kind": kinds.get(trial.arm, trial.arm), "options": {"aioli": rounds}.get(trial.arm, {}), "horizon": 4}
+    rounds = {"turn_steps": 2, "sweeps": 1, "round_steps": max(settings["steps"] // 4, 2 * len(NAMES) + 10)}
+    policy = {
+        "kind": kinds.get(trial.arm, trial.arm),
+        "options": {"aioli": rounds, "ado": {"mean_of": 2}}.get(trial.arm, {}),
+        "horizon": 4,
+    }
     return {
         "model": {
             "family": "llama", "num_layers": settings["layers"], "hidden_size": settings["hidden"],
@@ -82,7 +85,7 @@ def static_weights(trial: Trial, shares: dict[str, float]) -> dict[str, float]:
 
 
 def measure(settings: dict[str, Any], arms: list[str], rates: list[float], seeds: list[int], work: Path) -> Any:
-    """The result's `arms`, and the model's parameters."""
+    """The result's `arms`."""
     corpus = work / "text"
     if not (corpus / "tokenizer").exists():
         write_sources(corpus)
@@ -93,7 +96,8 @@ def measure(settings: dict[str, Any], arms: list[str], rates: list[float], seeds
         return train_once(raw, work / "run", judged=settings["judged"])
 
     experiment = Experiment(work, {"experiment": "real text", **settings}, train, lambda line: print(line, flush=True))
-    shares.update(proportional_shares(settings, corpus))
+    shares.update(dict.fromkeys(NAMES, 0.0))
+    shares.update(experiment.result(Trial("proportional", rates[0], TUNING_SEED))["shares"])
     return experiment.run(arms, rates, seeds)
 
 
@@ -101,16 +105,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder that keeps the corpus and every run that ended")
     parser.add_argument("--quick", action="store_true", help="see that it runs: two arms, one seed, a few steps")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of every arm, {SEEDS} unless told")
     result_options(parser, RESULT, PICTURE)
     given = parser.parse_args()
     if given.plot:
         plot_real_text(json.loads(given.plot.read_text()), given.picture)
         return
     settings = QUICK if given.quick else FULL
-    arms, rates, seeds = (["proportional", "odm"], RATES[:1], [1]) if given.quick else (ARMS, RATES, SEEDS)
+    arms, rates, seeds = (
+        (["proportional", "odm"], RATES[:1], [1]) if given.quick else (ARMS, RATES, list(range(1, given.seeds + 1)))
+    )
     with tempfile.TemporaryDirectory() as temporary:
         found = measure(settings, arms, rates, seeds, given.work or Path(temporary))
-    about = circumstances("") | {"command": "python -m benchmarks.mixing.real_text" + " --quick" * given.quick}
+    about = circumstances("") | {
+        "command": "python -m benchmarks.mixing.real_text"
+        + " --quick" * given.quick
+        + f" --seeds {given.seeds}" * (given.seeds != SEEDS)
+    }
     result = {
         **about,
         "versions": versions(["torch", "megatron-core", "numpy"]),

@@ -32,13 +32,13 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "mixing_lego.json"
 PICTURE = ROOT / "docs" / "images" / "mixing_lego.png"
 ARMS = ["random", "stratified", "curriculum", "anti_curriculum", "skill_it", "skill_it_own"]
-RATES = [2.5e-3, 5e-3, 1e-2]
-SEEDS = [1, 2, 3, 4, 5]
+RATES = [4e-3, 8e-3]
+SEEDS = 5
 ROUNDS = 6
 """Of Skill-It in a run, as in the paper."""
 FULL = {
-    "links": 4, "layers": 3, "hidden": 64, "heads": 4, "ffn": 128, "batch": 128, "steps": 480, "warmup": 50,
-    "documents": 12_000, "evaluated": 128, "judged": 512, "graph_steps": 160,
+    "links": 4, "layers": 3, "hidden": 64, "heads": 4, "ffn": 128, "batch": 128, "steps": 300, "warmup": 30,
+    "documents": 8_000, "evaluated": 128, "judged": 512, "graph_steps": 100,
 }  # fmt: skip
 QUICK = FULL | {"layers": 1, "batch": 16, "steps": 12, "warmup": 2, "documents": 400, "judged": 32, "graph_steps": 4}
 
@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder that keeps the corpus and every run that ended")
     parser.add_argument("--quick", action="store_true", help="see that it runs: three arms, one seed, a few steps")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of every arm, {SEEDS} unless told")
     result_options(parser, RESULT, PICTURE)
     given = parser.parse_args()
     if given.plot:
@@ -141,13 +142,17 @@ def main() -> None:
         return
     settings = QUICK if given.quick else FULL
     arms, rates, seeds = (
-        (["stratified", "curriculum", "skill_it_own"], RATES[:1], [1]) if given.quick else (ARMS, RATES, SEEDS)
+        (["stratified", "curriculum", "skill_it_own"], RATES[:1], [1])
+        if given.quick
+        else (ARMS, RATES, list(range(1, given.seeds + 1)))
     )
     with tempfile.TemporaryDirectory() as temporary:
         found, graph = measure(settings, arms, rates, seeds, given.work or Path(temporary))
     result = {
         **circumstances(""),
-        "command": "python -m benchmarks.mixing.skill_it" + " --quick" * given.quick,
+        "command": "python -m benchmarks.mixing.skill_it"
+        + " --quick" * given.quick
+        + f" --seeds {given.seeds}" * (given.seeds != SEEDS),
         "versions": versions(["torch", "megatron-core", "numpy"]),
         "settings": {**settings, "sources": lego.skills(settings["links"]), "seeds": seeds, "learning_rates": rates},
         "own_graph": graph,

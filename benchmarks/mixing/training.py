@@ -24,7 +24,7 @@ from pretrain.loop import Run, layout_of
 from pretrain.metrics import read_records
 from pretrain.step import TrainState, place
 
-MIXTURES_KEPT = 60
+MIXTURES_KEPT = 12
 """Mixtures of a run that its result shows at most."""
 
 
