@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "mixing_real_text.json"
 PICTURE = ROOT / "docs" / "images" / "mixing_real_text.png"
 ARMS = ["uniform", "proportional", "temperature", "odm", "ado", "aioli", "random", "reversed"]
-RATES = [2e-3, 4e-3, 8e-3]
+RATES = [4e-3, 8e-3]
 SEEDS = 3
 FULL = {
-    "layers": 2, "hidden": 192, "heads": 4, "ffn": 512, "vocab": 1024, "seq_len": 64, "batch": 8, "steps": 200,
-    "warmup": 20, "evaluated": 4, "judged": 48,
+    "layers": 2, "hidden": 192, "heads": 4, "ffn": 512, "vocab": 1024, "seq_len": 64, "batch": 8, "steps": 100,
+    "warmup": 10, "evaluated": 4, "judged": 32,
 }  # fmt: skip
 QUICK = FULL | {"hidden": 32, "ffn": 64, "steps": 12, "warmup": 2, "evaluated": 1, "judged": 2}
 
@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder that keeps the corpus and every run that ended")
     parser.add_argument("--quick", action="store_true", help="see that it runs: two arms, one seed, a few steps")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="arms to run; all unless told")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of every arm, {SEEDS} unless told")
     result_options(parser, RESULT, PICTURE)
     given = parser.parse_args()
@@ -112,18 +113,13 @@ def main() -> None:
         plot_real_text(json.loads(given.plot.read_text()), given.picture)
         return
     settings = QUICK if given.quick else FULL
-    arms, rates, seeds = (
-        (["proportional", "odm"], RATES[:1], [1]) if given.quick else (ARMS, RATES, list(range(1, given.seeds + 1)))
-    )
+    arms, rates, seeds = given.arms, RATES, list(range(1, given.seeds + 1))
+    if given.quick:
+        arms, rates, seeds = ["proportional", "odm"], RATES[:1], [1]
     with tempfile.TemporaryDirectory() as temporary:
         found = measure(settings, arms, rates, seeds, given.work or Path(temporary))
-    about = circumstances("") | {
-        "command": "python -m benchmarks.mixing.real_text"
-        + " --quick" * given.quick
-        + f" --seeds {given.seeds}" * (given.seeds != SEEDS)
-    }
     result = {
-        **about,
+        **circumstances("benchmarks.mixing.real_text"),
         "versions": versions(["torch", "megatron-core", "numpy"]),
         "settings": {**settings, "sources": NAMES, "seeds": seeds, "learning_rates": rates},
         "arms": found,

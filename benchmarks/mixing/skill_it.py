@@ -10,6 +10,7 @@ The arms here are theirs, each with a learning rate tuned for itself on a seed o
     curriculum       half of the run one skill after the other, from the first; then all alike
     anti_curriculum  likewise, from the last
     skill_it         the policy with the graph the authors give: the second skill helps the first, third and fourth
+    skill_it_short   likewise, in rounds a fifth as long: the losses of an untrained model soon leave the window
     skill_it_own     the policy with a graph estimated here, from short runs on one skill each
 
 The last one's short runs are not counted in its tokens; nor are the runs that tuned the others.
@@ -31,7 +32,7 @@ from pretrain.skills_graph import SingleSourceRun, estimate_graph
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "mixing_lego.json"
 PICTURE = ROOT / "docs" / "images" / "mixing_lego.png"
-ARMS = ["random", "stratified", "curriculum", "anti_curriculum", "skill_it", "skill_it_own"]
+ARMS = ["random", "stratified", "curriculum", "anti_curriculum", "skill_it", "skill_it_short", "skill_it_own"]
 RATES = [4e-3, 8e-3]
 SEEDS = 5
 ROUNDS = 6
@@ -95,10 +96,10 @@ def policy(arm: str, settings: dict[str, Any], names: list[str], own_graph: Any 
         stages = [{"from_share": i / (2 * len(names)), "weights": {name: 1.0}} for i, name in enumerate(order)]
         stages.append({"from_share": 0.5, "weights": dict.fromkeys(names, 1.0)})
         return {"kind": "schedule", "options": {"stages": stages}}
-    if arm in ("skill_it", "skill_it_own"):
+    if arm.startswith("skill_it"):
         helped = {name: 0.5 for name in names[:4] if name != names[1]}
         graph = own_graph if arm == "skill_it_own" else {names[1]: helped}
-        rounds = settings["steps"] // ROUNDS
+        rounds = settings["steps"] // ROUNDS // (5 if arm == "skill_it_short" else 1)
         return {"kind": "skill_it", "options": {"graph": graph, "eta": 0.5, "window": 3, "round_steps": rounds}}
     return {"kind": "static"}
 
@@ -134,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder that keeps the corpus and every run that ended")
     parser.add_argument("--quick", action="store_true", help="see that it runs: three arms, one seed, a few steps")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="arms to run; all unless told")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of every arm, {SEEDS} unless told")
     result_options(parser, RESULT, PICTURE)
     given = parser.parse_args()
@@ -141,18 +143,13 @@ def main() -> None:
         plot_lego(json.loads(given.plot.read_text()), given.picture)
         return
     settings = QUICK if given.quick else FULL
-    arms, rates, seeds = (
-        (["stratified", "curriculum", "skill_it_own"], RATES[:1], [1])
-        if given.quick
-        else (ARMS, RATES, list(range(1, given.seeds + 1)))
-    )
+    arms, rates, seeds = given.arms, RATES, list(range(1, given.seeds + 1))
+    if given.quick:
+        arms, rates, seeds = ["stratified", "curriculum", "skill_it_own"], RATES[:1], [1]
     with tempfile.TemporaryDirectory() as temporary:
         found, graph = measure(settings, arms, rates, seeds, given.work or Path(temporary))
     result = {
-        **circumstances(""),
-        "command": "python -m benchmarks.mixing.skill_it"
-        + " --quick" * given.quick
-        + f" --seeds {given.seeds}" * (given.seeds != SEEDS),
+        **circumstances("benchmarks.mixing.skill_it"),
         "versions": versions(["torch", "megatron-core", "numpy"]),
         "settings": {**settings, "sources": lego.skills(settings["links"]), "seeds": seeds, "learning_rates": rates},
         "own_graph": graph,
