@@ -22,7 +22,6 @@ from benchmarks.loading.result import circumstances, result_options, versions, w
 from benchmarks.mixing.experiment import TUNING_SEED, Experiment, Trial
 from benchmarks.mixing.report import plot_real_text, show
 from benchmarks.mixing.sources import NAMES, write_sources
-from benchmarks.mixing.training import train_once
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "mixing_real_text.json"
@@ -92,6 +91,8 @@ def measure(settings: dict[str, Any], arms: list[str], rates: list[float], seeds
     shares: dict[str, float] = {}
 
     def train(trial: Trial) -> dict[str, Any]:
+        from benchmarks.mixing.training import train_once  # megatron: 20 s of CPU time, for nothing if all was kept
+
         raw = configuration(settings, corpus, trial, shares)
         return train_once(raw, work / "run", judged=settings["judged"])
 

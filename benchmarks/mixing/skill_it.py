@@ -26,7 +26,6 @@ from benchmarks.loading.result import circumstances, result_options, versions, w
 from benchmarks.mixing import lego
 from benchmarks.mixing.experiment import TUNING_SEED, Experiment, Trial
 from benchmarks.mixing.report import plot_lego, show
-from benchmarks.mixing.training import train_once
 from pretrain.skills_graph import SingleSourceRun, estimate_graph
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +111,8 @@ def measure(settings: dict[str, Any], arms: list[str], rates: list[float], seeds
     names, own_graph = lego.skills(settings["links"]), dict[str, dict[str, float]]()
 
     def train(trial: Trial) -> dict[str, Any]:
+        from benchmarks.mixing.training import train_once  # megatron: 20 s of CPU time, for nothing if all was kept
+
         alone = {"steps": settings["graph_steps"]} if trial.arm.startswith("only ") else {}
         raw = configuration(settings | alone, corpus, trial, own_graph)
         return train_once(raw, work / "run", settings["judged"], accuracy=True)
