@@ -88,10 +88,11 @@ def plot_lego(result: Result, path: Path) -> None:
     from pretrain.picture import COLOURS, picture
 
     names, arms = result["settings"]["sources"], list(result["arms"])
+    colours = [*COLOURS, "#555555"][: len(arms)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with picture(path, figsize=(10, 4.2), dpi=110) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-        for arm, colour in zip(arms, COLOURS, strict=False):
+        for arm, colour in zip(arms, colours, strict=True):
             runs = result["arms"][arm]["runs"]
             steps = [step for step, _ in runs[0]["curve"]][1:]
             curves = [[statistics.fmean(losses.values()) for _, losses in run["curve"]][1:] for run in runs]
@@ -103,7 +104,7 @@ def plot_lego(result: Result, path: Path) -> None:
         left.set(xlabel="steps", ylabel="held-out loss, mean over skills (nats)")
         left.legend(fontsize=8, frameon=False)
         width = 0.8 / len(arms)
-        for number, (arm, colour) in enumerate(zip(arms, COLOURS, strict=False)):
+        for number, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
             runs = result["arms"][arm]["runs"]
             every = [[100 * run["accuracy"][name] for run in runs] for name in names] + [[accuracy(r) for r in runs]]
             places = [place + (number - (len(arms) - 1) / 2) * width for place in range(len(every))]

@@ -114,9 +114,8 @@ def test_tables_and_pictures_come_from_the_stored_results(name: str, tmp_path: P
     for arm in result["arms"].values():
         assert [run["seed"] for run in arm["runs"]] == result["settings"]["seeds"]
         assert arm["lr"] in result["settings"]["learning_rates"]
-        assert len({run["tokens"] for run in arm["runs"]}) == 1
     tokens = {run["tokens"] for arm in result["arms"].values() for run in arm["runs"]}
-    assert max(tokens) <= 1.01 * min(tokens)
+    assert max(tokens) <= 1.02 * min(tokens)  # sequences are as many; a document's first token is no target
     plot = report.plot_lego if name == "lego" else report.plot_real_text
     plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
