@@ -5,7 +5,7 @@
     docs/preparation.md     from the pydantic models of `data_scheduler.prep.config`
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
     docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
-    docs/mixing.md          its table of costs, from benchmarks/results/policy_overhead.json
+    docs/mixing.md          its tables, from benchmarks/results/policy_overhead.json and mixing_*.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
 """
@@ -202,7 +202,7 @@ def data_speed() -> str:
     for name, make in makers.items():
         result = json.loads((DOCS.parent / "benchmarks" / "results" / f"data_{name}.json").read_text())
         body = f"{make(result)}\n{_facts(result)}"
-        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)  # noqa: B023
+        page = _replaced(page, name, body)
     return page
 
 
@@ -220,7 +220,7 @@ def _facts(result: Schema) -> str:
 
 
 def mixing() -> str:
-    """The page with its table of costs made from the result file."""
+    """The page with its tables made from their result files."""
     page = (DOCS / "mixing.md").read_text(encoding="utf-8")
     result = json.loads((DOCS.parent / "benchmarks" / "results" / "policy_overhead.json").read_text())
     few, many = result["sources"]
@@ -248,7 +248,19 @@ def mixing() -> str:
         "batches ahead.\n"
     )
     body = f"{_table(('policy', *heads[0], *heads[1]), rows)}\n{facts}"
-    return re.sub(r"(<!-- overhead -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)
+    page = _replaced(page, "overhead", body)
+    sys.path.insert(0, str(DOCS.parent))
+    from benchmarks.mixing import report
+
+    for name, make in (("lego", report.lego_table), ("real_text", report.text_table)):
+        result = json.loads((DOCS.parent / "benchmarks" / "results" / f"mixing_{name}.json").read_text())
+        page = _replaced(page, name, f"{_table(*make(result))}\n{_facts(result)}")
+    return page
+
+
+def _replaced(page: str, name: str, body: str) -> str:
+    """`page` with `body` between `<!-- name -->` and the next `<!-- end -->`."""
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)
 
 
 def bands() -> str:
@@ -268,7 +280,7 @@ def bands() -> str:
         for name, rows in by_format.items()
     ]
     body = f"{_table(('', *heads), table)}\n{_facts(result)}"
-    return re.sub(r"(<!-- bands -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{body}{m[2]}", page, flags=re.DOTALL)
+    return _replaced(page, "bands", body)
 
 
 PAGES = {

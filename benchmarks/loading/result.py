@@ -24,7 +24,7 @@ def result_options(parser: argparse.ArgumentParser, result: Path, picture: Path 
 
 
 def circumstances(script: str) -> dict[str, Any]:
-    """How a result came about: `command`, `date`, `machine`."""
+    """How a result came about: `command`, `date`, `machine`. `script`: a file of benchmarks/, or a module's name."""
     return {"command": command(script), "date": str(date.today()), "machine": machine()}
 
 
@@ -56,7 +56,7 @@ def command(script: str) -> str:
         if not named and not skip:
             words.append(word)
         skip = named and "=" not in word
-    return " ".join(["python", f"benchmarks/{script}", *words])
+    return " ".join(["python", f"benchmarks/{script}" if script.endswith(".py") else f"-m {script}", *words])
 
 
 def versions(names: list[str], python: Path | None = None) -> dict[str, str]:
