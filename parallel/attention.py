@@ -181,7 +181,9 @@ def _document_by_document(
     grouped = query.size(1) != key.size(1)
     if len(lengths) > 1 and min(lengths) == max(lengths):
         # One call for all: 128 documents of 8 tokens, forward and backward, take 2.5 ms on a CPU instead of 20.7.
-        q, k, v = (part.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for part in (query, key, value))
+        q, k, v = (
+            part.reshape(len(lengths), lengths[0], *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
+        )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
     outs = []
