@@ -8,7 +8,7 @@ from typing import Any
 Result = dict[str, Any]
 Rows = list[tuple[str, ...]]
 Measure = Callable[[Result], float]
-LISTENING = {"skill_it", "skill_it_own", "odm", "ado", "aioli"}
+LISTENING = {"skill_it", "skill_it_short", "skill_it_own", "odm", "ado", "aioli"}
 
 
 def loss(run: Result) -> float:
@@ -89,13 +89,17 @@ def plot_lego(result: Result, path: Path) -> None:
 
     names, arms = result["settings"]["sources"], list(result["arms"])
     colours = [*COLOURS, "#555555"][: len(arms)]
+    # Where every arm was evaluated; a policy may have asked for more. The untrained model's loss would hide the rest.
+    evaluated = [{step for step, _ in arm["runs"][0]["curve"]} for arm in result["arms"].values()]
+    steps = sorted(set.intersection(*evaluated) - {0})
     path.parent.mkdir(parents=True, exist_ok=True)
     with picture(path, figsize=(10, 4.2), dpi=110) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
         for arm, colour in zip(arms, colours, strict=True):
             runs = result["arms"][arm]["runs"]
-            steps = [step for step, _ in runs[0]["curve"]][1:]
-            curves = [[statistics.fmean(losses.values()) for _, losses in run["curve"]][1:] for run in runs]
+            curves = [
+                [statistics.fmean(losses.values()) for step, losses in run["curve"] if step in steps] for run in runs
+            ]
             points = [spread(list(column)) for column in zip(*curves, strict=True)]
             style = "-" if arm in LISTENING else "--"
             left.plot(steps, [mean for mean, _ in points], style, color=colour, label=arm, linewidth=1.6)
