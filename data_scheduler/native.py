@@ -8,14 +8,19 @@ import os
 from importlib import import_module
 from typing import Any
 
+VERSION = 2
+"""Of the functions' arguments and results, as in the C source."""
+
 
 def _compiled() -> Any:
     if os.environ.get("HEADRACE_NATIVE", "1") == "0":
         return None
     try:
-        return import_module("data_scheduler._sequences")
+        loops = import_module("data_scheduler._sequences")
     except ImportError:
         return None
+    # One that was compiled from other sources, before an update say, is left aside like one that is missing.
+    return loops if getattr(loops, "VERSION", 1) == VERSION else None
 
 
 LOOPS = _compiled()

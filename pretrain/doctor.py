@@ -262,7 +262,7 @@ def _loops(folder: Path) -> str:
     return (
         "compiled"
         if sequences.NATIVE
-        else "numpy; compiled ones need a C compiler and Python's headers when installing"
+        else "numpy; for compiled ones install again, with a C compiler and Python's headers"
     )
 
 

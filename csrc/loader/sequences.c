@@ -537,4 +537,14 @@ static struct PyModuleDef module = {
     .m_methods = methods,
 };
 
-PyMODINIT_FUNC PyInit__sequences(void) { return PyModule_Create(&module); }
+// One more whenever a function takes or gives something else; `data_scheduler/native.py` uses the module only where it is
+// the one it was written for.
+#define VERSION 2
+
+PyMODINIT_FUNC PyInit__sequences(void) {
+    PyObject *loops = PyModule_Create(&module);
+    if (loops != NULL && PyModule_AddIntConstant(loops, "VERSION", VERSION) != 0) {
+        Py_CLEAR(loops);
+    }
+    return loops;
+}

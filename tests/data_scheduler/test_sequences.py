@@ -1,5 +1,6 @@
 """The compiled inner loops give what their definitions in numpy give, and refuse what does not fit."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_scheduler import native as native_module
 from data_scheduler import sequences
 from data_scheduler.state import PLACE
 
@@ -208,3 +210,10 @@ def test_rows_that_are_no_tokens_are_refused() -> None:
     for row in (np.zeros(3, np.int64), np.zeros(3, np.uint8), np.zeros(6, np.uint16)[::2], [1, 2]):
         with pytest.raises((TypeError, ValueError, BufferError)):
             sequences.join([none, row], none, none, np.uint16)
+
+
+def test_loops_compiled_from_other_sources_are_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_module, "import_module", lambda name: SimpleNamespace(VERSION=native_module.VERSION))
+    assert native_module._compiled() is not None
+    monkeypatch.setattr(native_module, "import_module", lambda name: SimpleNamespace())
+    assert native_module._compiled() is None
