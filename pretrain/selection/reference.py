@@ -12,6 +12,7 @@ from pretrain import checkpoint
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.models.gpt import build_model
 from pretrain.models.sizes import layout_shape
+from pretrain.stages import first_settings
 from pretrain.step import TrainState
 
 
@@ -40,7 +41,10 @@ def load_reference(config: RunConfig, layout: Layout, ranks: Ranks, encoder: Enc
     )
     for chunk in chunks:
         chunk.requires_grad_(False)
-    state = TrainState(chunks, list(chunks), None, own, layout, ranks, len(config.data.sources))
+    # Its weights are of the stage they were trained in.
+    base = meta.get("stage", {}).get("rope_base", model.rope_base)
+    stage = first_settings(config)._replace(rope_base=base)
+    state = TrainState(chunks, list(chunks), None, own, layout, ranks, len(config.data.sources), stage)
     checkpoint.load_weights(folder, state)
     return state
 

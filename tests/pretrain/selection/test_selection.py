@@ -1,7 +1,7 @@
 """Steps and runs on a part of their batches: alike under every layout, exactly accounted, bit-equal after a kill."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,9 @@ def test_rho1_trains_on_the_largest_excess_losses() -> None:
 # -- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def run_config(data_config: Callable[..., DataConfig], folder: Path, **train_keys: Any) -> RunConfig:
+def run_config(
+    data_config: Callable[..., DataConfig], folder: Path, stages: Sequence[dict[str, Any]] = (), **train_keys: Any
+) -> RunConfig:
     data = data_config(seq_len=32, global_batch_size=8, lanes=8, prefetch=1).model_dump()
     model = {"family": "llama", "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
     raw = {
@@ -216,6 +218,7 @@ def run_config(data_config: Callable[..., DataConfig], folder: Path, **train_key
         "optimizer": {"lr": 1e-2},
         "checkpoint": {"every": 3},
         "metrics": {"progress": False},
+        "stages": list(stages),
     }
     return validate_config(raw, "test")
 
@@ -312,3 +315,18 @@ def test_a_reference_that_does_not_fit_is_refused(
     config = run_config(data_config, tmp_path / "d", selection=rho1)
     config.data.tokenizer = str(other)
     assert "another tokenizer" in refused(config)
+
+
+@pytest.mark.slow
+def test_a_selection_goes_on_through_stages(data_config: Callable[..., DataConfig], tmp_path: Path) -> None:
+    """Longer sequences, another batch and another rotary base from a step on; the reference keeps its own base."""
+    stages = [{"from_step": 3, "seq_len": 64, "global_batch_size": 4, "rope_base": 50_000.0}]
+    plain = run_config(data_config, tmp_path / "plain", stages)
+    assert run_to_end(plain) == 0
+    drawn = [(record["batch_sha256"], record["source_tokens"], record["input_tokens"]) for record in records(plain)]
+    rho1 = {"kind": "rho1", "options": {"share": 0.5}, "reference": str(tmp_path / "plain")}
+    run = run_config(data_config, tmp_path / "rho1", stages, selection=rho1)
+    assert run_to_end(run) == 0
+    found = records(run)
+    assert [(record["batch_sha256"], record["source_tokens"], record["input_tokens"]) for record in found] == drawn
+    assert all(sum(record["trained_tokens"].values()) < sum(record["source_tokens"].values()) for record in found)
