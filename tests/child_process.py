@@ -41,7 +41,7 @@ def start(function: Callable[[], int | None], log: Path | None = None) -> int:
         os._exit(code)
 
 
-def wait(pid: int, timeout_s: float = 120.0) -> int:
+def wait(pid: int, timeout_s: float = 300.0) -> int:
     """The child's exit code, -N when signal N ended it; a child that outlives the timeout is killed."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
