@@ -124,13 +124,7 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     wanted = sharded_state(state, loading=True)
     if weights_only:
         del wanted["optimizer"]
-    try:
-        loaded = dist_checkpointing.load(wanted, str(path))
-    except (Exception, CheckpointException) as error:
-        # megatron and torch raise a dozen kinds here; all mean that the files are not what meta.json says.
-        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
-    for number, chunk in enumerate(state.chunks):
-        chunk.load_state_dict(loaded[_chunk_key(state, number)])
+    loaded = _load(path, wanted, state)
     if weights_only:
         state.optimizer.reload_model_params()
         return Progress(meta["step"], meta["tokens"]), None
@@ -146,13 +140,19 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
 
 def load_weights(path: Path, state: TrainState) -> None:
     """Put a checkpoint's weights alone into a model of the same sizes, under any layout. Raises CheckpointError."""
-    wanted = sharded_weights(state)
+    _load(path, sharded_weights(state), state)
+
+
+def _load(path: Path, wanted: dict[str, Any], state: TrainState) -> dict[str, Any]:
+    """What is `wanted` of a checkpoint, its weights put into the model. Raises CheckpointError."""
     try:
-        loaded = dist_checkpointing.load(wanted, str(path))
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
     except (Exception, CheckpointException) as error:
+        # megatron and torch raise a dozen kinds here; all mean that the files are not what meta.json says.
         raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
     for number, chunk in enumerate(state.chunks):
         chunk.load_state_dict(loaded[_chunk_key(state, number)])
+    return loaded
 
 
 def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
