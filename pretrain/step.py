@@ -1,6 +1,6 @@
 """One training step, on one screen: micro-batches in, updated weights and exact per-source losses out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -116,11 +116,25 @@ def evaluate_step(
 
 def _run(state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bool) -> npt.NDArray[np.int64]:
     """The rows of a `SourceLoss`, int64[3, sources], summed over all micro-batches and ranks."""
+    reports = run_schedule(state, microbatches, partial(_forward_step, state.num_sources), forward_only)
+    total = torch.zeros(3, state.num_sources, dtype=torch.int64, device=accelerator.device())
+    for report in reports:  # empty but on the last pipeline stage
+        total += report
+    process_groups.sum_over_data_parallel(total)
+    result: npt.NDArray[np.int64] = process_groups.broadcast_from_last_stage(total).cpu().numpy()
+    return result
+
+
+def run_schedule(
+    state: TrainState, microbatches: Sequence[MicroBatch], forward_step: Callable[..., Any], forward_only: bool
+) -> list[Any]:
+    """What `forward_step` reports of each micro-batch, run as megatron-core's schedule for the layout runs them; empty
+    but on the last pipeline stage."""
     inputs = [place(microbatch, state) for microbatch in microbatches]
     iterators = [iter(inputs) for _ in state.wrapped]
     single = len(state.wrapped) == 1
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, state.num_sources),
+    reports: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward_step,
         data_iterator=iterators[0] if single else iterators,
         model=state.wrapped[0] if single else state.wrapped,
         num_microbatches=len(inputs),
@@ -128,12 +142,7 @@ def _run(state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bo
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    total = torch.zeros(3, state.num_sources, dtype=torch.int64, device=accelerator.device())
-    for report in reports:  # empty but on the last pipeline stage
-        total += report
-    process_groups.sum_over_data_parallel(total)
-    result: npt.NDArray[np.int64] = process_groups.broadcast_from_last_stage(total).cpu().numpy()
-    return result
+    return reports
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import torch
 
 from parallel import accelerator, process_groups
 from parallel.attention import context_parallel_index
-from parallel.engine import get_forward_backward_func
 from pretrain.loss import FIXED_POINT
 from pretrain.microbatch import MicroBatch
 from pretrain.selection import Float64
-from pretrain.step import Placed, TrainState, place
+from pretrain.step import Placed, TrainState, run_schedule
 
 
 @torch.no_grad()
@@ -22,20 +21,9 @@ def token_losses(state: TrainState, microbatches: Sequence[MicroBatch]) -> Float
     every rank that holds a part of this model. Of `state` chunks and layout are used."""
     for chunk in state.wrapped:
         chunk.eval()
-    inputs = [place(microbatch, state) for microbatch in microbatches]
-    iterators = [iter(inputs) for _ in state.wrapped]
-    single = len(state.wrapped) == 1
-    found = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iterators[0] if single else iterators,
-        model=state.wrapped[0] if single else state.wrapped,
-        num_microbatches=len(inputs),
-        seq_length=inputs[0].tokens,
-        micro_batch_size=1,
-        forward_only=True,
-    )
-    tokens, cp = inputs[0].tokens, state.layout.context_parallel_size
-    losses = torch.zeros(len(inputs), tokens, dtype=torch.float32, device=accelerator.device())
+    found = run_schedule(state, microbatches, _forward_step, forward_only=True)
+    tokens, cp = microbatches[0].input_ids.size(1), state.layout.context_parallel_size
+    losses = torch.zeros(len(microbatches), tokens, dtype=torch.float32, device=accelerator.device())
     held: Any = slice(None)
     if cp > 1:
         held = context_parallel_index(tokens, microbatches[0].seq_len, cp, state.ranks.cp_rank).to(losses.device)
