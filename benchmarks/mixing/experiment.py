@@ -1,5 +1,6 @@
 """Arms, learning rates, seeds: the plan of an experiment, and the file of the runs that have ended."""
 
+import argparse
 import json
 import math
 import statistics
@@ -18,6 +19,14 @@ class Trial(NamedTuple):
     arm: str
     lr: float
     seed: int
+
+
+def experiment_options(parser: argparse.ArgumentParser, arms: Sequence[str], seeds: int, quick: str) -> None:
+    """The options of every experiment here. `quick`: what is left of it to see that it runs."""
+    parser.add_argument("--work", type=Path, help="folder that keeps the corpus and every run that ended")
+    parser.add_argument("--quick", action="store_true", help=f"see that it runs: {quick}")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="arms to run; all unless told")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"seeds of every arm, {seeds} unless told")
 
 
 class Experiment:

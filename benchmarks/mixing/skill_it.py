@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.loading.result import circumstances, result_options, versions, write_result
 from benchmarks.mixing import lego
-from benchmarks.mixing.experiment import TUNING_SEED, Experiment, Trial
+from benchmarks.mixing.experiment import TUNING_SEED, Experiment, Trial, experiment_options
 from benchmarks.mixing.report import plot_lego, show
 from pretrain.skills_graph import SingleSourceRun, estimate_graph
 
@@ -134,10 +134,7 @@ def measure(settings: dict[str, Any], arms: list[str], rates: list[float], seeds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, help="folder that keeps the corpus and every run that ended")
-    parser.add_argument("--quick", action="store_true", help="see that it runs: three arms, one seed, a few steps")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="arms to run; all unless told")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds of every arm, {SEEDS} unless told")
+    experiment_options(parser, ARMS, SEEDS, "three arms, one seed, a few steps")
     result_options(parser, RESULT, PICTURE)
     given = parser.parse_args()
     if given.plot:
