@@ -74,7 +74,7 @@ def set_policy(
     timeout: Timeout = 60.0,
 ) -> None:
     """Let a policy set the mixture, from its initial state on."""
-    from pretrain.config import parse_yaml
+    from headrace.yaml_file import parse_yaml
 
     given = {}
     for option in options or []:
@@ -157,7 +157,7 @@ def add_source(
     """Let a source enter the run; its paths are those that the run's machines see."""
     import yaml
 
-    from pretrain.config import parse_yaml
+    from headrace.yaml_file import parse_yaml
 
     try:
         source = parse_yaml(file.read_text(encoding="utf-8"))
