@@ -16,7 +16,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from parallel import accelerator, exchange
 from parallel.engine import dist_checkpointing, parallel_state
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
+from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
 from pretrain.step import TrainState
 
 FULL_BYTES = 1 << 20
@@ -124,11 +125,20 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     wanted = sharded_state(state, loading=True)
     if weights_only:
         del wanted["optimizer"]
-    loaded = _load(path, wanted, state)
-    if weights_only:
+        _load(path, wanted, state)
         state.optimizer.reload_model_params()
         return Progress(meta["step"], meta["tokens"]), None
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    now, there = (
+        fp32_weights_name(distributed, state.config.train.precision)
+        for distributed in (state.layout.distributed_optimizer, meta["layout"]["distributed_optimizer"])
+    )
+    if now == there:
+        optimizer = _load(path, wanted, state)["optimizer"]
+    else:
+        other_form = wanted.pop("optimizer")
+        _load(path, wanted, state)
+        optimizer = _reading(path, lambda: load_from_other_form(path, other_form, now, there))
+    state.optimizer.load_state_dict(optimizer)
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     if meta["layout"] == asdict(state.layout) and rng.is_file():
         try:
@@ -145,25 +155,22 @@ def load_weights(path: Path, state: TrainState) -> None:
 
 def _load(path: Path, wanted: dict[str, Any], state: TrainState) -> dict[str, Any]:
     """What is `wanted` of a checkpoint, its weights put into the model. Raises CheckpointError."""
-    try:
-        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path))
-    except (Exception, CheckpointException) as error:
-        # megatron and torch raise a dozen kinds here; all mean that the files are not what meta.json says.
-        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+    loaded = _reading(path, lambda: dist_checkpointing.load(wanted, str(path)))
     for number, chunk in enumerate(state.chunks):
         chunk.load_state_dict(loaded[_chunk_key(state, number)])
     return loaded
 
 
+def _reading(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return read()
+    except (Exception, CheckpointException) as error:
+        # megatron and torch raise a dozen kinds here; all mean that the files are not what meta.json says.
+        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+
+
 def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
     """Raise CheckpointError naming the first setting in which the checkpoint's model differs from the run's."""
-    sharded = meta.get("layout", {}).get("distributed_optimizer", state.layout.distributed_optimizer)
-    if sharded != state.layout.distributed_optimizer:
-        # megatron stores the two kinds of optimizer state under different keys; every other change of layout is free.
-        raise CheckpointError(
-            f"{path}: was saved with parallel.distributed_optimizer={str(sharded).lower()}; "
-            "a run keeps this setting for life"
-        )
     converted = {"precision"} if meta.get("weights_only", False) else set()
     for key, value in _identity(state).items():
         if key not in converted and meta["model"].get(key) != value:

@@ -232,8 +232,7 @@ def test_resuming_on_another_layout_continues_the_same_run(
     """Half on one process, half on several: the same tokens, the same losses to 1e-5."""
     name = f"run-{world_size}-{'-'.join(parallel)}"
     changes = {f"parallel__{key}": value for key, value in parallel.items()}
-    kept = {key: value for key, value in changes.items() if key == "parallel__distributed_optimizer"}
-    half = run_config(name, train__steps=STEPS, checkpoint__every=6, **kept)
+    half = run_config(name, train__steps=STEPS, checkpoint__every=6)
 
     def first_half() -> int:
         dying_at("never")()
@@ -283,8 +282,6 @@ def test_mistakes_are_one_line(run_config: Make, tmp_path: Path) -> None:
     expect_one_line(odd, LayoutError, "tensor_parallel_size 3")
     small = run_config("small", model__vocab_size=128)
     expect_one_line(small, ConfigError, "model.vocab_size is 128 but the tokenizer has")
-    sharded = run_config("run", train__steps=20, parallel__distributed_optimizer=True)
-    expect_one_line(sharded, CheckpointError, "distributed_optimizer=false; a run keeps this setting")
     no_tokenizer = run_config("no-tokenizer", data__tokenizer=str(tmp_path / "nowhere"))
     expect_one_line(no_tokenizer, ConfigError, "nowhere")
 
