@@ -81,6 +81,9 @@ class ParallelConfig(StrictModel):
     context_parallel_size: Positive = 1
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    fully_sharded: bool = False
+    """Shard weights, gradients and optimizer state over data- and context-parallel ranks (ZeRO-3, torch's FSDP2); not
+    together with `distributed_optimizer`."""
 
 
 class CheckpointConfig(StrictModel):
