@@ -16,6 +16,7 @@ shard is offered once more as a parameter that shares its memory, with megatron'
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from parallel import accelerator
 from parallel.engine import DataParallelBase, DistributedDataParallelConfig, parallel_state
 from parallel.shard_entries import ShardEntries
+
+# torch warns of in-place operations on outputs that are views; there are none on the embedding's or the chunk's.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 GRADIENT_DIVIDE_FACTOR = 1.0
 """Gradients are summed over ranks; megatron divides the sum by the tokens of the global batch."""

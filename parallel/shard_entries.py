@@ -68,7 +68,9 @@ class ShardEntries:
                 key=self._pieces[key][0].entry.key,
                 data=shards[name],
                 build_fn=lambda stored, data, *_, key=key: self._build(key, stored, data),
-                merge_fn=torch.cat,
+                merge_fn=lambda blocks, stacked=self._pieces[key][0].entry.prepend_axis_num: torch.cat(
+                    [block.flatten(0, stacked) for block in blocks]
+                ),
             )
             for key, name in self.names.items()
             if shards[name].numel()
@@ -87,18 +89,21 @@ class ShardEntries:
             last = min(held.stop, piece.first + entry.local_shape[0])
             if first >= last:
                 continue
-            rows = entry.prepend_axis_num  # the axis that counts rows comes after those that stack layers
+            stacked = entry.prepend_axis_num  # leading axes that stack layers; the one that counts rows comes next
             offset = list(entry.global_offset)
-            offset[rows] += first - piece.first
+            offset[stacked] += first - piece.first
+            rows = data[first - held.start : last - held.start]
+            rows = rows.reshape((1,) * stacked + rows.shape)
             blocks.append(
                 replace(
                     entry,
                     key=stored_key,
-                    data=data[first - held.start : last - held.start],
-                    dtype=data.dtype,
-                    local_shape=(last - first, *entry.local_shape[1:]),
+                    data=rows,
+                    dtype=rows.dtype,
+                    local_shape=tuple(rows.shape),
                     global_offset=tuple(offset),
-                    axis_fragmentations=None,  # blocks of uneven size
+                    axis_fragmentations=None,  # blocks are of uneven size, for which megatron takes no stacked axes
+                    prepend_axis_num=0,
                     replica_id=(*entry.replica_id[:-1], 0),  # no data-parallel rank has another's rows
                 )
             )

@@ -32,6 +32,7 @@ from parallel.engine import dist_checkpointing, parallel_state
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
 from pretrain.step import TrainState
+from pretrain.stored_optimizer import restore_optimizer, stored_optimizer
 
 FULL_BYTES = 1 << 20
 """A disk with less free space than this is called full."""
@@ -128,7 +129,7 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     if weights_only:
         state.optimizer.reload_model_params()
         return Progress(meta["step"], meta["tokens"]), None
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    restore_optimizer(state, loaded["optimizer"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     if meta["layout"] == asdict(state.layout) and rng.is_file():
         try:
@@ -150,7 +151,7 @@ def _load(path: Path, wanted: dict[str, Any], state: TrainState) -> dict[str, An
     except (Exception, CheckpointException) as error:
         # megatron and torch raise a dozen kinds here; all mean that the files are not what meta.json says.
         raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
-    for number, chunk in enumerate(state.chunks):
+    for number, chunk in enumerate(state.stored):
         chunk.load_state_dict(loaded[_chunk_key(state, number)])
     return loaded
 
@@ -190,15 +191,14 @@ def _identity(state: TrainState) -> dict[str, Any]:
 def sharded_state(state: TrainState, loading: bool = False) -> dict[str, Any]:
     """Weights and optimizer state as megatron's sharded state dict."""
     sharded = sharded_weights(state)
-    optimizer = state.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=_metadata())
-    return sharded | {"optimizer": optimizer}
+    return sharded | {"optimizer": stored_optimizer(state, sharded, _metadata(), loading)}
 
 
 def sharded_weights(state: TrainState) -> dict[str, Any]:
     """The weights alone as megatron's sharded state dict."""
     return {
         _chunk_key(state, number): chunk.sharded_state_dict(metadata=_metadata())
-        for number, chunk in enumerate(state.chunks)
+        for number, chunk in enumerate(state.stored)
     }
 
 
