@@ -136,6 +136,7 @@ def _shard(chunk: Any, mesh: DeviceMesh, compute_dtype: torch.dtype, config: Any
     shared = chunk.share_embeddings_and_output_weights
     if chunk.pre_process and not shared:
         fully_shard(chunk.embedding, mesh=mesh, mp_policy=policy)
+        chunk.embedding.set_unshard_in_backward(False)  # its gradient needs the tokens only
     before: list[Any] = []
     for layer in chunk.decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
