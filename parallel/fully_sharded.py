@@ -5,7 +5,8 @@ context-parallel ranks; all numbers are fp32. A weight of 10 rows over 4 ranks l
 
     one micro-batch   a layer's weights are gathered (in bf16 under `bf16`), used, and dropped; gathered again for the
                       backward pass, which leaves the layer's whole gradient
-    one step          on the last micro-batch each layer's gradient is summed and cut in one reduce-scatter (in fp32)
+    one step          on the last micro-batch each layer's gradient is summed and cut in one reduce-scatter (in fp32);
+                      or on every one (`parallel.reduce_gradients`), so that no whole gradient is kept in between
 
 Two torch calls make the sum megatron's schedules expect, which divide by the number of tokens themselves: a divide
 factor of 1, and plain sums (gloo has no scaled ones). megatron-core's own FSDP and its wrapper of this one both ask
@@ -38,8 +39,8 @@ GRADIENT_DIVIDE_FACTOR = 1.0
 
 @dataclass
 class _Shard:
-    plain: torch.nn.Parameter
-    """This rank's rows as a plain tensor; the optimizer's parameter."""
+    plain: Any
+    """This rank's rows as a plain parameter, the optimizer's."""
     whole: Any
     """The DTensor that torch gathers, over the same memory."""
 
@@ -78,7 +79,7 @@ class FullyShardedDataParallel(DataParallelBase):  # type: ignore[misc]
                 part.reshard()
         return output
 
-    def named_parameters(self, prefix: str = "", *_: Any, **__: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def named_parameters(self, prefix: str = "", *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         """(name in the chunk, this rank's rows)."""
         for name, shard in self._shards.items():
             if shard.plain.numel():

@@ -120,7 +120,8 @@ def _blocks(entry: Any) -> list[Any]:
 def _piece(block: Any, parameter: torch.Tensor) -> _Piece:
     row = max(1, parameter[0].numel())
     data = block.data.detach()
-    assert data.is_contiguous() and data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    assert data.is_contiguous()
+    assert data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
     return _Piece((data.storage_offset() - parameter.storage_offset()) // row, block.without_data())
 
 

@@ -21,15 +21,23 @@ from pretrain.models.gpt import DTYPES, LanguageModel, Precision
 
 
 def build_optimizer(
-    config: OptimizerConfig, chunks: Sequence[LanguageModel], layout: Layout, precision: Precision = "fp32"
+    config: OptimizerConfig,
+    chunks: Sequence[LanguageModel],
+    layout: Layout,
+    precision: Precision = "fp32",
+    reduce_once: bool = True,
 ) -> tuple[Any, list[Any]]:
     """(megatron's optimizer, the chunks wrapped for data parallelism).
 
     Gradients are accumulated and reduced in fp32, and under `bf16` the optimizer keeps fp32 master weights. Wrapped
-    chunks share their weights with `chunks`.
+    chunks share their weights with `chunks`. `reduce_once`: where these are fully sharded, gradients are summed over
+    ranks on a step's last micro-batch only.
     """
     megatron = chunks[0].config
     wrapped = wrap(chunks, layout, precision)
+    if layout.fully_sharded and reduce_once:
+        contexts = [chunk.no_sync for chunk in wrapped]
+        megatron.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
     megatron.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -58,10 +66,7 @@ def wrap(chunks: Sequence[LanguageModel], layout: Layout, precision: Precision) 
     """`chunks`, wrapped for data parallelism."""
     megatron = chunks[0].config
     if layout.fully_sharded:
-        sharded = [FullyShardedDataParallel(megatron, chunk, DTYPES[precision]) for chunk in chunks]
-        contexts = [chunk.no_sync for chunk in sharded]
-        megatron.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
-        return sharded
+        return [FullyShardedDataParallel(megatron, chunk, DTYPES[precision]) for chunk in chunks]
     reduce_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
     )

@@ -91,7 +91,8 @@ def build_state(
         train.seed,
         config.kernels,
     )
-    optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision)
+    once = config.parallel.reduce_gradients == "step"
+    optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision, once)
     sources = len(config.data.sources) if num_sources is None else num_sources
     return TrainState(chunks, wrapped, optimizer, config, layout, ranks, sources, first_settings(config))
 

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: one process's curve, a share of the memory, and checkpoints that anything can load."""
+"""Fully sharded data parallelism: one process's curve, a share of the memory, checkpoints that anything can load."""
 
 import functools
 import gc
@@ -13,18 +13,19 @@ from process_group import run_ranks
 from tiny_run import BATCH, SEQ_LEN, tiny_batch, tiny_config, tiny_state, tiny_steps
 
 from data_scheduler.state import State
-from headrace.errors import LayoutError
+from headrace.errors import ConfigError, LayoutError
 from parallel import process_groups
 from parallel.layout import Layout, validate
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, Progress
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, validate_config
 from pretrain.models.sizes import layout_shape
 from pretrain.step import TrainState, evaluate_step, train_step
 
 sharded = functools.partial(Layout, fully_sharded=True)
+REDUCE_SCATTERS = ("reduce_scatter_single", "reduce_scatter_tensor")
 UNEVEN = {"hidden_size": 72, "ffn_hidden_size": 99}
-"""Over 4 ranks the gated MLP's 2 x 99 rows are cut into 50 + 50 + 50 + 48: the second rank holds some of both halves."""
+"""Over 4 ranks the gated MLP's 2 x 99 rows are cut into 50 + 50 + 50 + 48: the second rank has some of both halves."""
 
 CURVES: dict[str, tuple[Layout, str, dict[str, Any]]] = {
     "one process": (sharded(1), "llama", {}),
@@ -116,22 +117,43 @@ def storages() -> dict[int, int]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_step_reduces_once_and_gathers_as_often_as_it_must(tied: bool) -> None:
-    config = tiny_config("llama", micro_batch_size=1, tie_embeddings=tied)
+@pytest.mark.parametrize(("reduce", "tied"), [("step", False), ("step", True), ("micro_batch", False)])
+def test_a_step_reduces_and_gathers_as_often_as_it_must(reduce: str, tied: bool) -> None:
+    config = reducing(tiny_config("llama", micro_batch_size=1, tie_embeddings=tied), reduce)
 
     def count() -> tuple[int, int]:
         state = tiny_state(config, sharded(2))
         step_once(state)
         found = [0, 0]
-        for at, name in enumerate(("all_gather_single", "reduce_scatter_single")):
+        # What torch's FSDP calls; the second names are those of torch before 2.13.
+        for at, names in enumerate((("all_gather_single", "all_gather_into_tensor"), REDUCE_SCATTERS)):
+            name = next(name for name in names if hasattr(dist, name))
             setattr(dist, name, counting(getattr(dist, name), found, at))
         step_once(state, 1)
         return found[0], found[1]
 
     layers, micro_batches, others = 4, 4, 1 if tied else 3  # the final norm; an embedding and a head of their own
     gathered = micro_batches * (others + 2 * layers)  # only layers are gathered again for the backward pass
-    assert run_ranks(2, count, timeout_s=120) == [(gathered, layers + others)] * 2
+    reduced = (layers + others) * (1 if reduce == "step" else micro_batches)
+    assert run_ranks(2, count, timeout_s=120) == [(gathered, reduced)] * 2
+
+
+@pytest.mark.multiprocess
+def test_reducing_after_every_micro_batch_changes_rounding_only() -> None:
+    config = tiny_config("llama", micro_batch_size=1)
+    results = run_ranks(2, tiny_steps, reducing(config, "micro_batch"), sharded(2), timeout_s=120)[0]
+    for result, reference in zip(results, single_process(config.model_dump_json()), strict=True):
+        assert (result.loss, result.grad_norm) == pytest.approx(reference, rel=1e-5)
+
+
+def test_reducing_after_every_micro_batch_is_for_shards() -> None:
+    with pytest.raises(ConfigError, match=r"parallel: .*goes with fully_sharded: true"):
+        reducing(tiny_config("llama"), "micro_batch", fully_sharded=False)
+
+
+def reducing(config: RunConfig, when: str, fully_sharded: bool = True) -> RunConfig:
+    parallel = {"fully_sharded": fully_sharded, "reduce_gradients": when}
+    return validate_config(config.model_dump() | {"parallel": parallel}, "test")
 
 
 @pytest.mark.multiprocess
