@@ -43,11 +43,13 @@ accelerator.after_megatron_import()
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel as DataParallelBase
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -69,6 +71,7 @@ import megatron.core.optimizer.distrib_optimizer as _distributed_optimizer
 
 __all__ = [
     "MEGATRON_VERSION",
+    "DataParallelBase",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "Float16Module",
@@ -92,6 +95,7 @@ __all__ = [
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
+    "make_sharded_optimizer_tensor",
     "nested_values",
     "parallel_state",
     "tensor_parallel",

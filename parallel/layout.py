@@ -22,6 +22,7 @@ class Layout:
     virtual_pipeline_parallel_size: int | None = None
     context_parallel_size: int = 1
     distributed_optimizer: bool = False
+    fully_sharded: bool = False
 
     @property
     def model_parallel_size(self) -> int:
@@ -150,6 +151,8 @@ def _own_problem(layout: Layout) -> str | None:
         )
     if layout.sequence_parallel and layout.tensor_parallel_size == 1:
         return "sequence_parallel needs tensor_parallel_size of at least 2"
+    if layout.fully_sharded and layout.distributed_optimizer:
+        return "fully_sharded shards the optimizer's state as well; leave distributed_optimizer out"
     virtual = layout.virtual_pipeline_parallel_size
     if virtual is not None and virtual < 2:
         return f"virtual_pipeline_parallel_size must be at least 2 or left out, got {virtual}"

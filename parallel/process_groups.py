@@ -114,6 +114,11 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def world() -> Any:
+    """The group of all processes."""
+    return dist.group.WORLD
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     dist.barrier()

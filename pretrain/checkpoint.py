@@ -33,6 +33,7 @@ from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
 from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
 from pretrain.step import TrainState
+from pretrain.stored_optimizer import restore_optimizer, stored_optimizer
 
 FULL_BYTES = 1 << 20
 """A disk with less free space than this is called full."""
@@ -138,7 +139,7 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
         other_form = wanted.pop("optimizer")
         _load(path, wanted, state)
         optimizer = _reading(path, lambda: load_from_other_form(path, other_form, now, there))
-    state.optimizer.load_state_dict(optimizer)
+    restore_optimizer(state, optimizer)
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     if meta["layout"] == asdict(state.layout) and rng.is_file():
         try:
@@ -156,7 +157,7 @@ def load_weights(path: Path, state: TrainState) -> None:
 def _load(path: Path, wanted: dict[str, Any], state: TrainState) -> dict[str, Any]:
     """What is `wanted` of a checkpoint, its weights put into the model. Raises CheckpointError."""
     loaded = _reading(path, lambda: dist_checkpointing.load(wanted, str(path)))
-    for number, chunk in enumerate(state.chunks):
+    for number, chunk in enumerate(state.stored):
         chunk.load_state_dict(loaded[_chunk_key(state, number)])
     return loaded
 
@@ -197,15 +198,14 @@ def _identity(state: TrainState) -> dict[str, Any]:
 def sharded_state(state: TrainState, loading: bool = False) -> dict[str, Any]:
     """Weights and optimizer state as megatron's sharded state dict."""
     sharded = sharded_weights(state)
-    optimizer = state.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=_metadata())
-    return sharded | {"optimizer": optimizer}
+    return sharded | {"optimizer": stored_optimizer(state, sharded, _metadata(), loading)}
 
 
 def sharded_weights(state: TrainState) -> dict[str, Any]:
     """The weights alone as megatron's sharded state dict."""
     return {
         _chunk_key(state, number): chunk.sharded_state_dict(metadata=_metadata())
-        for number, chunk in enumerate(state.chunks)
+        for number, chunk in enumerate(state.stored)
     }
 
 

@@ -78,6 +78,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         virtual_pipeline_parallel_size=parallel.virtual_pipeline_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         distributed_optimizer=parallel.distributed_optimizer,
+        fully_sharded=parallel.fully_sharded,
     )
     # A vocabulary that is not configured is padded to fit any layout.
     validate(layout, layout_shape(config, padded_vocab_size(config, 1)))

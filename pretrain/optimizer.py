@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from parallel import process_groups
 from parallel.engine import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -13,32 +14,30 @@ from parallel.engine import (
     finalize_model_grads,
     get_megatron_optimizer,
 )
+from parallel.fully_sharded import FullyShardedDataParallel
 from parallel.layout import Layout
 from pretrain.config import OptimizerConfig
 from pretrain.models.gpt import DTYPES, LanguageModel, Precision
 
 
 def build_optimizer(
-    config: OptimizerConfig, chunks: Sequence[LanguageModel], layout: Layout, precision: Precision = "fp32"
+    config: OptimizerConfig,
+    chunks: Sequence[LanguageModel],
+    layout: Layout,
+    precision: Precision = "fp32",
+    reduce_once: bool = True,
 ) -> tuple[Any, list[Any]]:
     """(megatron's optimizer, the chunks wrapped for data parallelism).
 
     Gradients are accumulated and reduced in fp32, and under `bf16` the optimizer keeps fp32 master weights. Wrapped
-    chunks share their weights with `chunks`.
+    chunks share their weights with `chunks`. `reduce_once`: where these are fully sharded, gradients are summed over
+    ranks on a step's last micro-batch only.
     """
     megatron = chunks[0].config
-    reduce_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
-    )
-    wrapped = [
-        DistributedDataParallel(
-            config=megatron,
-            ddp_config=reduce_config,
-            module=Float16Module(megatron, chunk) if precision == "bf16" else chunk,
-            disable_bucketing=number > 0,  # as megatron does: only the first chunk's gradients are finished early
-        )
-        for number, chunk in enumerate(chunks)
-    ]
+    wrapped = wrap(chunks, layout, precision)
+    if layout.fully_sharded and reduce_once:
+        contexts = [chunk.no_sync for chunk in wrapped]
+        megatron.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
     megatron.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -50,14 +49,36 @@ def build_optimizer(
             adam_beta2=config.beta2,
             adam_eps=config.eps,
             clip_grad=config.clip_grad,
-            bf16=precision == "bf16",
+            bf16=precision == "bf16" and not layout.fully_sharded,  # shards are the master weights
             params_dtype=DTYPES[precision],
             use_distributed_optimizer=layout.distributed_optimizer,
         ),
         wrapped,
         use_gloo_process_groups=False,
     )
+    if layout.fully_sharded:
+        for part in optimizer.chained_optimizers:
+            part.grad_stats_parallel_group = process_groups.world()  # each rank has other rows
     return optimizer, wrapped
+
+
+def wrap(chunks: Sequence[LanguageModel], layout: Layout, precision: Precision) -> list[Any]:
+    """`chunks`, wrapped for data parallelism."""
+    megatron = chunks[0].config
+    if layout.fully_sharded:
+        return [FullyShardedDataParallel(megatron, chunk, DTYPES[precision]) for chunk in chunks]
+    reduce_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
+    )
+    return [
+        DistributedDataParallel(
+            config=megatron,
+            ddp_config=reduce_config,
+            module=Float16Module(megatron, chunk) if precision == "bf16" else chunk,
+            disable_bucketing=number > 0,  # as megatron does: only the first chunk's gradients are finished early
+        )
+        for number, chunk in enumerate(chunks)
+    ]
 
 
 def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, bool]:

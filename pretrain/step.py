@@ -29,7 +29,7 @@ class TrainState:
     """Everything a step reads and changes."""
 
     chunks: list[LanguageModel]
-    """The model chunks themselves; checkpoints are made of these."""
+    """The model chunks themselves."""
     wrapped: list[Any]
     """The same chunks, wrapped for data parallelism; steps run these."""
     optimizer: Any
@@ -39,6 +39,11 @@ class TrainState:
     num_sources: int
     stage: StageSettings
     """What holds for the step at hand; between two steps, for the one before."""
+
+    @property
+    def stored(self) -> list[Any]:
+        """What weights are saved from and loaded into: the chunks, or what holds the shards of them."""
+        return self.wrapped if self.layout.fully_sharded else self.chunks
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def build_state(
         train.seed,
         config.kernels,
     )
-    optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision)
+    once = config.parallel.reduce_gradients == "step"
+    optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision, once)
     sources = len(config.data.sources) if num_sources is None else num_sources
     return TrainState(chunks, wrapped, optimizer, config, layout, ranks, sources, first_settings(config))
 

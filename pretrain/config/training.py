@@ -1,8 +1,8 @@
 """What a run does with its model: the `train`, `optimizer`, `parallel` and `checkpoint` sections."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_scheduler.config import StrictModel
 from pretrain.config.numbers import NonNegative, NonNegativeFloat, Positive, PositiveFloat
@@ -81,6 +81,18 @@ class ParallelConfig(StrictModel):
     context_parallel_size: Positive = 1
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    fully_sharded: bool = False
+    """Shard weights, gradients and optimizer state over data- and context-parallel ranks (ZeRO-3, torch's FSDP2); not
+    together with `distributed_optimizer`."""
+    reduce_gradients: Literal["step", "micro_batch"] = "step"
+    """With `fully_sharded`: sum gradients over ranks once a step, which keeps whole gradients (fp32, 4 bytes a weight)
+    from one micro-batch to the next, or after each micro-batch, which keeps shards alone and sends more."""
+
+    @model_validator(mode="after")
+    def _reduces_shards(self) -> Self:
+        if self.reduce_gradients == "micro_batch" and not self.fully_sharded:
+            raise ValueError("reduce_gradients: micro_batch goes with fully_sharded: true; leave it out")
+        return self
 
 
 class CheckpointConfig(StrictModel):

@@ -77,7 +77,8 @@ def transformer_config(
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        params_dtype=dtype,
+        # Shards are fp32, and become bf16 when they are gathered.
+        params_dtype=torch.float32 if layout.fully_sharded else dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
         tensor_model_parallel_size=layout.tensor_parallel_size,

@@ -1,5 +1,6 @@
 """A trained model that gives reference losses: read once, its weights never change."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from data_scheduler.encoder import Encoder
@@ -35,6 +36,7 @@ def load_reference(config: RunConfig, layout: Layout, ranks: Ranks, encoder: Enc
     model = validated(ModelConfig, saved, f"{folder / 'meta.json'}: config.model")
     train = config.train.model_copy(update={"precision": precision})
     own = config.model_copy(update={"model": model, "train": train})
+    layout = replace(layout, fully_sharded=False)  # without optimizer state each rank holds its model-parallel part
     validate(layout, layout_shape(own, vocab_size))
     chunks = build_model(
         model, layout, config.data.seq_len, vocab_size, precision, "none", config.train.seed, config.kernels
