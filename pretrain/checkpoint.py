@@ -29,6 +29,7 @@ from headrace.errors import CheckpointError
 from headrace.version import __version__
 from parallel import accelerator, exchange
 from parallel.engine import dist_checkpointing, parallel_state
+from parallel.layout import Layout
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
 from pretrain.step import TrainState
@@ -130,7 +131,9 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
         return Progress(meta["step"], meta["tokens"]), None
     state.optimizer.load_state_dict(loaded["optimizer"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
-    if meta["layout"] == asdict(state.layout) and rng.is_file():
+    # Fields of a layout that came after the checkpoint have their defaults there.
+    same_layout = asdict(Layout(1)) | meta["layout"] == asdict(state.layout)
+    if same_layout and rng.is_file():
         try:
             accelerator.set_rng_state(torch.load(rng, weights_only=True))
         except Exception as error:  # unpickling and setting raise half a dozen kinds for damaged bytes

@@ -69,16 +69,7 @@ def train(config: RunConfig) -> ExitCode:
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
     """The configured layout on `world_size` processes; raises LayoutError when it does not fit the run."""
-    parallel = config.parallel
-    layout = Layout(
-        world_size=world_size,
-        tensor_parallel_size=parallel.tensor_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        virtual_pipeline_parallel_size=parallel.virtual_pipeline_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        distributed_optimizer=parallel.distributed_optimizer,
-    )
+    layout = Layout(world_size, **config.parallel.model_dump())
     # A vocabulary that is not configured is padded to fit any layout.
     validate(layout, layout_shape(config, padded_vocab_size(config, 1)))
     return layout

@@ -11,7 +11,8 @@ import torch
 
 from data_scheduler.stages import longest_sequence
 from parallel import accelerator, process_groups
-from parallel.attention import PackedDocuments, context_parallel_index, pack_documents
+from parallel.attention import PackedDocuments, pack_documents
+from parallel.context_parallel import context_parallel_index, share_of
 from parallel.engine import get_forward_backward_func
 from parallel.layout import Layout
 from parallel.process_groups import Ranks
@@ -164,11 +165,12 @@ class Placed:
 def place(microbatch: MicroBatch, state: TrainState) -> Placed:
     """`microbatch` on this rank's device, with what attention needs of its documents."""
     device, model, tokens = accelerator.device(), state.config.model, microbatch.input_ids.size(1)
-    cp, seq_len = state.layout.context_parallel_size, microbatch.seq_len
-    held = gathered = None
+    layout, cp_rank, seq_len = state.layout, state.ranks.cp_rank, microbatch.seq_len
+    cp, held, share = layout.context_parallel_size, None, None
     if cp > 1:
-        parts = [context_parallel_index(tokens, seq_len, cp, rank) for rank in range(cp)]
-        held, gathered = parts[state.ranks.cp_rank], torch.cat(parts)
+        held = context_parallel_index(tokens, seq_len, cp, cp_rank)
+        lengths = torch.diff(microbatch.cu_seqlens).tolist()
+        share = share_of(lengths, seq_len, cp, cp_rank, layout.context_parallel_method, device)
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
         return (tensor if held is None else tensor[..., held]).to(device, non_blocking=True)
@@ -188,8 +190,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             head_size(model),
             state.stage.rope_base,
             DTYPES[state.config.train.precision],
-            held,
-            gathered,
+            share,
         ),
         tokens=tokens,
     )
