@@ -32,6 +32,7 @@ from parallel.engine import dist_checkpointing, parallel_state
 from parallel.layout import Layout
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
+from pretrain.optimizer import gather_weights
 from pretrain.step import TrainState
 
 FULL_BYTES = 1 << 20
@@ -198,7 +199,8 @@ def sharded_state(state: TrainState, loading: bool = False) -> dict[str, Any]:
 
 
 def sharded_weights(state: TrainState) -> dict[str, Any]:
-    """The weights alone as megatron's sharded state dict."""
+    """The weights alone as megatron's sharded state dict; every rank calls this."""
+    gather_weights(state.wrapped)
     return {
         _chunk_key(state, number): chunk.sharded_state_dict(metadata=_metadata())
         for number, chunk in enumerate(state.chunks)

@@ -276,8 +276,10 @@ class Run:
     def _read_held_out(self) -> HeldOut:
         data, train, ranks = self.config.data, self.config.train, self.ranks
         count, size = train.eval_sequences, train.micro_batch_size
+        # What the interleaved schedule takes; training's micro-batches are checked with the layout.
+        multiple = self.layout.pipeline_parallel_size if self.layout.model_chunks > 1 else 1
         held_out = exchange.agree(
-            lambda: HeldOut(data, self.scheduler.encoder, count, size, ranks.dp_rank, ranks.dp_size)
+            lambda: HeldOut(data, self.scheduler.encoder, count, size, ranks.dp_rank, ranks.dp_size, multiple)
         )
         for reject in held_out.rejects:
             self._say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")

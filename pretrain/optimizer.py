@@ -28,7 +28,10 @@ def build_optimizer(
     """
     megatron = chunks[0].config
     reduce_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
     )
     wrapped = [
         DistributedDataParallel(
@@ -40,6 +43,9 @@ def build_optimizer(
         for number, chunk in enumerate(chunks)
     ]
     megatron.finalize_model_grads_func = finalize_model_grads
+    if layout.overlap_grad_reduce:  # or every micro-batch's backward pass would start a reduction
+        silent = [chunk.no_sync for chunk in wrapped]
+        megatron.no_sync_func = silent if len(silent) > 1 else silent[0]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -53,11 +59,22 @@ def build_optimizer(
             bf16=precision == "bf16",
             params_dtype=DTYPES[precision],
             use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=layout.overlap_param_gather,
         ),
         wrapped,
         use_gloo_process_groups=False,
     )
     return optimizer, wrapped
+
+
+def gather_weights(wrapped: Sequence[Any]) -> None:
+    """Make the weights of `wrapped` whole on every rank; all ranks call this before anything reads them between steps.
+
+    With `overlap_param_gather` a rank otherwise has the new values of its own part only until the next forward pass.
+    """
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, bool]:

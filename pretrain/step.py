@@ -133,6 +133,8 @@ def run_schedule(
     but on the last pipeline stage."""
     inputs = [place(microbatch, state) for microbatch in microbatches]
     iterators = [iter(inputs) for _ in state.wrapped]
+    # The chunks share one config; a stage of the run may change the number of micro-batches.
+    state.chunks[0].config.microbatch_group_size_per_vp_stage = chunk_group(state.layout, len(inputs), forward_only)
     single = len(state.wrapped) == 1
     reports: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -144,6 +146,18 @@ def run_schedule(
         forward_only=forward_only,
     )
     return reports
+
+
+def chunk_group(layout: Layout, microbatches: int, forward_only: bool) -> int:
+    """How many micro-batches a pipeline rank puts through one of its model chunks before it turns to the next chunk.
+
+    All of them is breadth-first (arXiv 2211.05953): each chunk's turn comes once in the forward and once in the
+    backward pass. The first rank then holds as many activations that wait for their turn, for which a forward pass
+    alone has no use.
+    """
+    pp = layout.pipeline_parallel_size
+    all_at_once = microbatches % pp if forward_only else layout.pipeline_schedule == "breadth_first"
+    return microbatches if all_at_once else pp
 
 
 @dataclass(frozen=True)
