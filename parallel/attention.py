@@ -1,17 +1,19 @@
 """Causal attention of packed documents: no token ever sees a token of another document.
 
 A micro-batch is one row of tokens, documents one after another (`cu_seqlens`). `PackedDocuments` carries what every
-layer needs of it; `PackedAttention` is the core attention that plugs into megatron-core's `SelfAttention`. Three ways
-to compute the same thing, best first:
+layer needs of it; `PackedAttention` is the core attention that plugs into megatron-core's `SelfAttention`. Two ways
+to compute the same thing:
 
 * varlen flash attention: on a GPU in half precision.
 * document by document: `scaled_dot_product_attention` on each. On CPU 142 ms where a dense mask takes 674 (2 x 2048
   tokens, documents of about 300).
-* a dense mask: under context parallelism, where a rank holds pieces of documents and gathers all keys and values.
+
+Under context parallelism a rank has pieces of documents, or whole documents of some heads: see `context_parallel.py`.
 """
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,21 +22,28 @@ import torch
 import torch.nn.functional as F
 
 from parallel import accelerator
-from parallel.engine import MegatronModule, PackedSeqParams, gather_from_sequence_parallel_region
+from parallel.context_parallel import Share, gather_keys, heads_to_tokens, tokens_to_heads
+from parallel.engine import MegatronModule, PackedSeqParams
 from parallel.rotary import rotary_table, rotate
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
-    """What attention needs to know of a packed micro-batch; megatron-core hands it through to every layer."""
+    """What attention needs to know of a packed micro-batch; megatron-core hands it through to every layer.
 
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each document."""
+    Attention works on pieces: query i of n of a piece sees all but the last n-1-i of the piece's keys. Without context
+    parallelism the pieces are the documents; `cu_seqlens_q` and `cu_seqlens_kv` are where their queries and keys start.
+    """
+
+    query_lengths: list[int] = field(default_factory=list)
+    """Queries of each piece."""
+    key_lengths: list[int] = field(default_factory=list)
+    """Keys of each piece; as many as queries, or more."""
     cos: torch.Tensor | None = None
     """[local tokens, 1, head_size / 2], by each token's position in its document."""
     sin: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    """bool[local queries, gathered keys], only under context parallelism."""
+    share: Share | None = None
+    """This rank's part, under context parallelism."""
 
 
 def pack_documents(
@@ -44,46 +53,34 @@ def pack_documents(
     head_size: int,
     rope_base: float,
     dtype: torch.dtype,
-    token_index: torch.Tensor | None = None,
-    gathered_index: torch.Tensor | None = None,
+    share: Share | None = None,
 ) -> PackedDocuments:
     """What attention needs of the documents that end at `cu_seqlens[1:]` (int32[documents + 1], on the CPU).
 
     `position_ids` (int64[local tokens]) are positions within documents, below `max_position`; they are on the device.
-    Under context parallelism `token_index` (int64[local tokens]) says which tokens of the micro-batch this rank
-    holds, and `gathered_index` (int64[tokens]) which ones an all-gather over the context-parallel ranks brings, in
-    its order.
     """
     cos, sin = rotary_table(max_position, head_size, rope_base, dtype, position_ids.device)
-    lengths: list[int] = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    mask = None
-    if token_index is not None and gathered_index is not None:
-        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        same = document[token_index][:, None] == document[gathered_index][None]
-        mask = (same & (token_index[:, None] >= gathered_index[None])).to(position_ids.device)
-    on_device = cu_seqlens.to(position_ids.device, non_blocking=True)
-    longest = max(lengths)
+    lengths: list[int] = torch.diff(cu_seqlens).tolist()
+    query_lengths, key_lengths = (share.query_lengths, share.key_lengths) if share else (lengths, lengths)
+    query_starts = key_starts = _starts(query_lengths, position_ids.device)
+    if key_lengths is not query_lengths:
+        key_starts = _starts(key_lengths, position_ids.device)
     return PackedDocuments(
         qkv_format="thd",
-        cu_seqlens_q=on_device,
-        cu_seqlens_kv=on_device,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        lengths=lengths,
+        cu_seqlens_q=query_starts,
+        cu_seqlens_kv=key_starts,
+        max_seqlen_q=max(query_lengths),
+        max_seqlen_kv=max(key_lengths),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
         cos=cos[position_ids].unsqueeze(1),
         sin=sin[position_ids].unsqueeze(1),
-        mask=mask,
+        share=share,
     )
 
 
-def context_parallel_index(tokens: int, seq_len: int, cp_size: int, cp_rank: int) -> torch.Tensor:
-    """int64: which of a micro-batch's `tokens` a context-parallel rank holds.
-
-    Each row of `seq_len` is cut into 2·cp_size pieces and rank r takes pieces r and 2·cp_size-1-r, so that every rank
-    has the same share of early (cheap) and late (dear) queries, as in Llama 3 (arXiv 2407.21783, section 3.3.2).
-    """
-    pieces = torch.arange(tokens).view(tokens // seq_len, 2 * cp_size, seq_len // (2 * cp_size))
-    return pieces[:, [cp_rank, 2 * cp_size - 1 - cp_rank]].reshape(-1)
+def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
@@ -113,14 +110,21 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         assert documents.sin is not None
         query = rotate(query, documents.cos, documents.sin)
         key = rotate(key, documents.cos, documents.sin)
-        if documents.mask is not None:
-            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-            out = _dense(query, key, value, documents.mask, self.softmax_scale)
-        elif (varlen := _varlen_kernel(query.dtype)) is not None:
-            out = varlen(query, key, value, documents, self.softmax_scale)
+        share = documents.share
+        if share is not None and share.method == "all_to_all":
+            query, key, value = tokens_to_heads(query, key, value, share, self.cp_group)
+            out = heads_to_tokens(self._attend(query, key, value, documents), share, self.cp_group)
         else:
-            out = _document_by_document(query, key, value, documents.lengths, self.softmax_scale)
+            if share is not None:
+                key, value = gather_keys(key, value, share, self.cp_group)
+            out = self._attend(query, key, value, documents)
         return out.reshape(out.size(0), -1)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments
+    ) -> torch.Tensor:
+        kernel = _varlen_kernel(query.dtype) or _piece_by_piece
+        return kernel(query, key, value, documents, self.softmax_scale)
 
 
 def active_kernel(dtype: torch.dtype) -> str:
@@ -147,9 +151,17 @@ def _flash_attn(
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    cu_seqlens, longest = documents.cu_seqlens_q, documents.max_seqlen_q
+    # Causal, with more keys than queries, is aligned to the last of each since flash-attn 2.1.
     out: torch.Tensor = flash_attn_varlen_func(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+        query,
+        key,
+        value,
+        documents.cu_seqlens_q,
+        documents.cu_seqlens_kv,
+        documents.max_seqlen_q,
+        documents.max_seqlen_kv,
+        softmax_scale=scale,
+        causal=True,
     )
     return out
 
@@ -159,15 +171,17 @@ def _torch_varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu_seqlens, longest = documents.cu_seqlens_q, documents.max_seqlen_q
+    # torch's documentation of varlen_attn says nothing about more keys than queries. Its operator is flash-attn's of a
+    # later version than 2.1, and torch itself calls that with is_causal where it means "aligned to the last"
+    # (CausalVariant.LOWER_RIGHT in torch/nn/attention/bias.py); that is what we rely on.
     out: torch.Tensor = varlen_attn(
         query,
         key,
         value,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
+        documents.cu_seqlens_q,
+        documents.cu_seqlens_kv,
+        documents.max_seqlen_q,
+        documents.max_seqlen_kv,
         scale=scale,
         window_size=(-1, 0),
         enable_gqa=query.size(1) != key.size(1),
@@ -175,29 +189,29 @@ def _torch_varlen(
     return out
 
 
-def _document_by_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float | None
+def _piece_by_piece(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scale: float | None
 ) -> torch.Tensor:
     grouped = query.size(1) != key.size(1)
-    if len(lengths) > 1 and min(lengths) == max(lengths):
+    query_lengths, key_lengths = documents.query_lengths, documents.key_lengths
+    same = query_lengths == key_lengths
+    if same and len(query_lengths) > 1 and min(query_lengths) == max(query_lengths):
         # One call for all: 128 documents of 8 tokens, forward and backward, take 2.5 ms on a CPU instead of 20.7.
         q, k, v = (
-            part.reshape(len(lengths), lengths[0], *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
+            part.reshape(len(query_lengths), query_lengths[0], *part.shape[1:]).transpose(1, 2)
+            for part in (query, key, value)
         )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
     outs = []
-    for parts in zip(torch.split(query, lengths), torch.split(key, lengths), torch.split(value, lengths), strict=True):
+    split = torch.split(query, query_lengths), torch.split(key, key_lengths), torch.split(value, key_lengths)
+    for parts in zip(*split, strict=True):
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        queries, keys = q.size(2), k.size(2)
+        # scaled_dot_product_attention aligns is_causal to the first query and key, not to the last.
+        causal, mask = queries == keys, None
+        if not causal:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril_(keys - queries)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs)
-
-
-def _dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    grouped = query.size(1) != key.size(1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out.squeeze(0).transpose(0, 1)

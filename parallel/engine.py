@@ -57,7 +57,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import RowParallelLinear, all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -86,6 +86,7 @@ __all__ = [
     "ShardedTensorFactory",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "all_to_all",
     "apply_factories",
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",

@@ -6,23 +6,36 @@ against a model's numbers and says in one line what does not divide and which ne
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import product
+from typing import Literal, NamedTuple
 
 from headrace.errors import LayoutError
+
+ContextParallelMethod = Literal["all_gather", "all_to_all"]
+PipelineSchedule = Literal["depth_first", "breadth_first"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How `world_size` processes share one model. Ranks count tensor parallel fastest, then context, data, pipeline."""
+    """How `world_size` processes share one model. Ranks count tensor parallel fastest, then context, data, pipeline.
+
+    Expert parallelism takes no processes of its own: it splits the experts over neighbours in the context and data
+    directions, each of which still has its own tokens.
+    """
 
     world_size: int
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False
     pipeline_parallel_size: int = 1
     virtual_pipeline_parallel_size: int | None = None
+    pipeline_schedule: PipelineSchedule = "depth_first"
     context_parallel_size: int = 1
+    context_parallel_method: ContextParallelMethod = "all_gather"
+    expert_parallel_size: int = 1
     distributed_optimizer: bool = False
     fully_sharded: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
     @property
     def model_parallel_size(self) -> int:
@@ -44,20 +57,28 @@ class Layout:
         tp, cp, dp = self.tensor_parallel_size, self.context_parallel_size, self.data_parallel_size
         return rank // (tp * cp * dp), rank // (tp * cp) % dp, rank // tp % cp, rank % tp
 
+    def expert_rank(self, rank: int) -> int:
+        """Which share of the experts `rank` holds."""
+        return rank // self.tensor_parallel_size % self.expert_parallel_size
+
     def rank_map(self) -> str:
-        """One line a rank: where it stands in the pipeline, data, context and tensor directions."""
-        lines = [f"{'rank':>5} {'pp':>3} {'dp':>3} {'cp':>3} {'tp':>3}"]
+        """One line a rank: where it stands in the pipeline, data, context and tensor directions, and which share of the
+        experts it holds where these are split."""
+        experts = self.expert_parallel_size > 1
+        lines = [f"{'rank':>5} {'pp':>3} {'dp':>3} {'cp':>3} {'tp':>3}" + " ep".rjust(4) * experts]
         for rank in range(self.world_size):
             pp, dp, cp, tp = self.coordinates(rank)
-            lines.append(f"{rank:>5} {pp:>3} {dp:>3} {cp:>3} {tp:>3}")
+            lines.append(f"{rank:>5} {pp:>3} {dp:>3} {cp:>3} {tp:>3}" + f" {self.expert_rank(rank):>3}" * experts)
         return "\n".join(lines)
 
     def __str__(self) -> str:
         parts = [f"dp={self.data_parallel_size}", f"tp={self.tensor_parallel_size}{'+sp' * self.sequence_parallel}"]
         virtual = self.virtual_pipeline_parallel_size
-        parts.append(f"pp={self.pipeline_parallel_size}" + (f"x{virtual}" if virtual else ""))
+        parts.append(f"pp={self.pipeline_parallel_size}" + (f"x{virtual} {self.pipeline_schedule}" if virtual else ""))
         if self.context_parallel_size > 1:
-            parts.append(f"cp={self.context_parallel_size}")
+            parts.append(f"cp={self.context_parallel_size} {self.context_parallel_method}")
+        if self.expert_parallel_size > 1:
+            parts.append(f"ep={self.expert_parallel_size}")
         return " ".join(parts)
 
 
@@ -88,6 +109,10 @@ class Shape:
     lanes: int
     later: tuple[BatchShape, ...] = ()
     """Batches besides this first one: of stages to come, and held-out data."""
+    num_experts: int | None = None
+    """None: the MLPs are dense, of `ffn_hidden_size`."""
+    moe_ffn_hidden_size: int | None = None
+    """Inner width of each expert."""
 
 
 def validate(layout: Layout, shape: Shape) -> None:
@@ -105,16 +130,27 @@ def find_problem(layout: Layout, shape: Shape) -> str | None:
 
 def nearest_layouts(layout: Layout, shape: Shape, limit: int = 3) -> list[Layout]:
     """Up to `limit` layouts of the same number of processes that fit, the fewest changes from `layout` first."""
-    fitting = [near for near in _neighbours(layout) if find_problem(near, shape) is None]
+    fitting = [near for near in _neighbours(layout, shape) if find_problem(near, shape) is None]
 
-    def distance(near: Layout) -> tuple[float, int, int, int]:
-        sizes = (near.tensor_parallel_size, near.pipeline_parallel_size, near.context_parallel_size)
-        wanted = (layout.tensor_parallel_size, layout.pipeline_parallel_size, layout.context_parallel_size)
-        ratio = sum(max(a, b) / min(a, b) - 1 for a, b in zip(sizes, wanted, strict=True))
-        kept = near.virtual_pipeline_parallel_size == layout.virtual_pipeline_parallel_size
-        return ratio + (not kept), *sizes
+    def distance(near: Layout) -> tuple[float, tuple[int, ...]]:
+        ratio = sum(max(a, b) / min(a, b) - 1 for a, b in zip(_sizes(near), _sizes(layout), strict=True))
+        kept = (
+            near.virtual_pipeline_parallel_size == layout.virtual_pipeline_parallel_size,
+            near.pipeline_schedule == layout.pipeline_schedule,
+            near.context_parallel_method == layout.context_parallel_method,
+        )
+        return ratio + kept.count(False), _sizes(near)
 
     return sorted(fitting, key=distance)[:limit]
+
+
+def _sizes(layout: Layout) -> tuple[int, ...]:
+    return (
+        layout.tensor_parallel_size,
+        layout.pipeline_parallel_size,
+        layout.context_parallel_size,
+        layout.expert_parallel_size,
+    )
 
 
 def _advice(layout: Layout, shape: Shape) -> str:
@@ -139,6 +175,7 @@ def _own_problem(layout: Layout) -> str | None:
         "tensor_parallel_size": layout.tensor_parallel_size,
         "pipeline_parallel_size": layout.pipeline_parallel_size,
         "context_parallel_size": layout.context_parallel_size,
+        "expert_parallel_size": layout.expert_parallel_size,
     }
     for name, size in sizes.items():
         if size < 1:
@@ -153,11 +190,27 @@ def _own_problem(layout: Layout) -> str | None:
         return "sequence_parallel needs tensor_parallel_size of at least 2"
     if layout.fully_sharded and layout.distributed_optimizer:
         return "fully_sharded shards the optimizer's state as well; leave distributed_optimizer out"
+    if layout.fully_sharded and layout.overlap_grad_reduce:
+        return "fully_sharded overlaps its reductions and gathers by itself; leave overlap_grad_reduce out"
+    if layout.fully_sharded and layout.expert_parallel_size > 1:
+        return "fully_sharded and expert_parallel_size do not go together"
     virtual = layout.virtual_pipeline_parallel_size
     if virtual is not None and virtual < 2:
         return f"virtual_pipeline_parallel_size must be at least 2 or left out, got {virtual}"
     if virtual is not None and layout.pipeline_parallel_size == 1:
         return "virtual_pipeline_parallel_size needs pipeline_parallel_size of at least 2"
+    if layout.pipeline_schedule == "breadth_first" and virtual is None:
+        return "pipeline_schedule breadth_first needs virtual_pipeline_parallel_size of at least 2"
+    if layout.context_parallel_method == "all_to_all" and layout.context_parallel_size == 1:
+        return "context_parallel_method all_to_all needs context_parallel_size of at least 2"
+    with_context = layout.data_parallel_size * layout.context_parallel_size
+    if with_context % layout.expert_parallel_size:
+        return (
+            f"expert_parallel_size {layout.expert_parallel_size} does not divide the data-parallel size "
+            f"{layout.data_parallel_size} x context_parallel_size {layout.context_parallel_size} = {with_context}"
+        )
+    if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
+        return "overlap_param_gather needs distributed_optimizer and overlap_grad_reduce"
     return None
 
 
@@ -176,12 +229,32 @@ def _model_problem(layout: Layout, shape: Shape) -> str | None:
         size = getattr(shape, name)
         if size % tp:
             return f"{name} {size} is not a multiple of tensor_parallel_size {tp}"
+    cp = layout.context_parallel_size
+    if layout.context_parallel_method == "all_to_all" and shape.num_query_groups // tp % cp:
+        return (
+            f"num_query_groups {shape.num_query_groups} over tensor_parallel_size {tp} leaves "
+            f"{shape.num_query_groups // tp}, not a multiple of context_parallel_size {cp}, which "
+            "context_parallel_method all_to_all needs"
+        )
     stages = layout.pipeline_parallel_size * layout.model_chunks
     if shape.num_layers % stages:
         virtual = layout.virtual_pipeline_parallel_size
-        product = f"pipeline_parallel_size {layout.pipeline_parallel_size}"
-        product += f" x virtual_pipeline_parallel_size {virtual}" if virtual else ""
-        return f"num_layers {shape.num_layers} is not a multiple of {product}"
+        needed = f"pipeline_parallel_size {layout.pipeline_parallel_size}"
+        needed += f" x virtual_pipeline_parallel_size {virtual}" if virtual else ""
+        return f"num_layers {shape.num_layers} is not a multiple of {needed}"
+    return _expert_problem(layout, shape)
+
+
+def _expert_problem(layout: Layout, shape: Shape) -> str | None:
+    tp, ep = layout.tensor_parallel_size, layout.expert_parallel_size
+    if shape.num_experts is None:
+        return f"expert_parallel_size {ep} needs a model with num_experts" if ep > 1 else None
+    if shape.num_experts % ep:
+        return f"num_experts {shape.num_experts} is not a multiple of expert_parallel_size {ep}"
+    if (shape.moe_ffn_hidden_size or 0) % tp:
+        return f"moe_ffn_hidden_size {shape.moe_ffn_hidden_size} is not a multiple of tensor_parallel_size {tp}"
+    if tp > 1 and not layout.sequence_parallel:
+        return f"num_experts {shape.num_experts} with tensor_parallel_size {tp} needs sequence_parallel"
     return None
 
 
@@ -213,11 +286,17 @@ def _stage_problem(layout: Layout, shape: BatchShape) -> str | None:
             f"tensor_parallel_size {layout.tensor_parallel_size}, which sequence_parallel needs"
         )
     if layout.virtual_pipeline_parallel_size and shape.global_batch_size is not None:
-        micro_batches = batch // dp // micro
-        if micro_batches % layout.pipeline_parallel_size:
+        micro_batches, pp = batch // dp // micro, layout.pipeline_parallel_size
+        if layout.pipeline_schedule == "breadth_first":
+            if micro_batches < pp:
+                return (
+                    f"{micro_batches} micro-batches are fewer than pipeline_parallel_size {pp}, "
+                    "which pipeline_schedule breadth_first needs"
+                )
+        elif micro_batches % pp:
             return (
-                f"{micro_batches} micro-batches are not a multiple of pipeline_parallel_size "
-                f"{layout.pipeline_parallel_size}, which the interleaved schedule needs"
+                f"{micro_batches} micro-batches are not a multiple of pipeline_parallel_size {pp}, "
+                "which the interleaved schedule needs"
             )
     return None
 
@@ -226,19 +305,30 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _neighbours(layout: Layout) -> Iterator[Layout]:
-    """All layouts of the same number of processes, without virtual pipelining besides with the size asked for."""
+def _neighbours(layout: Layout, shape: Shape) -> Iterator[Layout]:
+    """Layouts of the same number of processes: every tensor, pipeline and expert parallel size, and of context
+    parallelism, virtual stages and their options either what was asked for or none."""
     if layout.world_size < 1:
         return
+    experts = _divisors(layout.world_size) if layout.expert_parallel_size > 1 else [1]
+    cps = dict.fromkeys((1, layout.context_parallel_size))  # not sets: the order of advice is the same in every process
+    methods = dict.fromkeys(("all_gather", layout.context_parallel_method))
+    schedules = dict.fromkeys(("depth_first", layout.pipeline_schedule))
     for tp in _divisors(layout.world_size):
         for pp in _divisors(layout.world_size // tp):
-            for cp in {1, layout.context_parallel_size}:
-                for virtual in {None, layout.virtual_pipeline_parallel_size if pp > 1 else None}:
-                    yield replace(
-                        layout,
-                        tensor_parallel_size=tp,
-                        pipeline_parallel_size=pp,
-                        context_parallel_size=cp,
-                        virtual_pipeline_parallel_size=virtual,
-                        sequence_parallel=layout.sequence_parallel and tp > 1,
-                    )
+            virtuals = dict.fromkeys((None, layout.virtual_pipeline_parallel_size if pp > 1 else None))
+            for cp, method, virtual, schedule, ep in product(cps, methods, virtuals, schedules, experts):
+                yield replace(
+                    layout,
+                    tensor_parallel_size=tp,
+                    pipeline_parallel_size=pp,
+                    context_parallel_size=cp,
+                    context_parallel_method=method,
+                    virtual_pipeline_parallel_size=virtual,
+                    pipeline_schedule=schedule,
+                    expert_parallel_size=ep,
+                    sequence_parallel=tp > 1 and (layout.sequence_parallel or shape.num_experts is not None),
+                    overlap_param_gather=layout.overlap_param_gather
+                    and layout.distributed_optimizer
+                    and layout.overlap_grad_reduce,
+                )

@@ -29,8 +29,10 @@ from headrace.errors import CheckpointError
 from headrace.version import __version__
 from parallel import accelerator, exchange
 from parallel.engine import dist_checkpointing, parallel_state
+from parallel.layout import Layout
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
+from pretrain.optimizer import gather_weights
 from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
 from pretrain.step import TrainState
 from pretrain.stored_optimizer import restore_optimizer, stored_optimizer
@@ -141,7 +143,9 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
         optimizer = _reading(path, lambda: load_from_other_form(path, other_form, now, there))
     restore_optimizer(state, optimizer)
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
-    if meta["layout"] == asdict(state.layout) and rng.is_file():
+    # Fields of a layout that came after the checkpoint have their defaults there.
+    same_layout = asdict(Layout(1)) | meta["layout"] == asdict(state.layout)
+    if same_layout and rng.is_file():
         try:
             accelerator.set_rng_state(torch.load(rng, weights_only=True))
         except Exception as error:  # unpickling and setting raise half a dozen kinds for damaged bytes
@@ -202,7 +206,8 @@ def sharded_state(state: TrainState, loading: bool = False) -> dict[str, Any]:
 
 
 def sharded_weights(state: TrainState) -> dict[str, Any]:
-    """The weights alone as megatron's sharded state dict."""
+    """The weights alone as megatron's sharded state dict; every rank calls this."""
+    gather_weights(state.wrapped)
     return {
         _chunk_key(state, number): chunk.sharded_state_dict(metadata=_metadata())
         for number, chunk in enumerate(state.stored)

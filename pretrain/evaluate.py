@@ -27,9 +27,17 @@ class HeldOut:
     """This rank's share of the held-out sequences, ready for the model."""
 
     def __init__(
-        self, config: DataConfig, encoder: Encoder, count: int, micro_batch_size: int, dp_rank: int, dp_size: int
+        self,
+        config: DataConfig,
+        encoder: Encoder,
+        count: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        multiple: int = 1,
     ) -> None:
-        """Read up to `count` sequences of every source that has `val_paths`. Raises ConfigError or DataError."""
+        """Read up to `count` sequences of every source that has `val_paths`; a rank's micro-batches are a multiple of
+        `multiple`. Raises ConfigError or DataError."""
         self.names = [source.name for source in config.sources]
         self.rejects: list[RejectedRecord] = []
         """Held-out records that cannot be used."""
@@ -44,7 +52,7 @@ class HeldOut:
             return
         # Every rank runs the same number of micro-batches, or pipelines would wait for ever; the last are padded with
         # copies whose tokens do not count.
-        group = dp_size * micro_batch_size
+        group = dp_size * micro_batch_size * multiple
         padded = found + [found[0]] * (-len(found) % group)
         own = range(dp_rank, len(padded), dp_size)
         self.microbatches = split_batch(

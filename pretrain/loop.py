@@ -69,17 +69,7 @@ def train(config: RunConfig) -> ExitCode:
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
     """The configured layout on `world_size` processes; raises LayoutError when it does not fit the run."""
-    parallel = config.parallel
-    layout = Layout(
-        world_size=world_size,
-        tensor_parallel_size=parallel.tensor_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        virtual_pipeline_parallel_size=parallel.virtual_pipeline_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        distributed_optimizer=parallel.distributed_optimizer,
-        fully_sharded=parallel.fully_sharded,
-    )
+    layout = Layout(world_size, **config.parallel.model_dump(exclude={"reduce_gradients"}))
     # A vocabulary that is not configured is padded to fit any layout.
     validate(layout, layout_shape(config, padded_vocab_size(config, 1)))
     return layout
@@ -286,8 +276,10 @@ class Run:
     def _read_held_out(self) -> HeldOut:
         data, train, ranks = self.config.data, self.config.train, self.ranks
         count, size = train.eval_sequences, train.micro_batch_size
+        # What the interleaved schedule takes; training's micro-batches are checked with the layout.
+        multiple = self.layout.pipeline_parallel_size if self.layout.model_chunks > 1 else 1
         held_out = exchange.agree(
-            lambda: HeldOut(data, self.scheduler.encoder, count, size, ranks.dp_rank, ranks.dp_size)
+            lambda: HeldOut(data, self.scheduler.encoder, count, size, ranks.dp_rank, ranks.dp_size, multiple)
         )
         for reject in held_out.rejects:
             self._say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")

@@ -35,10 +35,11 @@ def build_optimizer(
     """
     megatron = chunks[0].config
     wrapped = wrap(chunks, layout, precision)
-    if layout.fully_sharded and reduce_once:
-        contexts = [chunk.no_sync for chunk in wrapped]
-        megatron.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
     megatron.finalize_model_grads_func = finalize_model_grads
+    # Without it every micro-batch's backward pass would start a reduction.
+    if layout.overlap_grad_reduce or (layout.fully_sharded and reduce_once):
+        silent = [chunk.no_sync for chunk in wrapped]
+        megatron.no_sync_func = silent if len(silent) > 1 else silent[0]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -52,6 +53,7 @@ def build_optimizer(
             bf16=precision == "bf16" and not layout.fully_sharded,  # shards are the master weights
             params_dtype=DTYPES[precision],
             use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_param_gather=layout.overlap_param_gather,
         ),
         wrapped,
         use_gloo_process_groups=False,
@@ -68,7 +70,10 @@ def wrap(chunks: Sequence[LanguageModel], layout: Layout, precision: Precision) 
     if layout.fully_sharded:
         return [FullyShardedDataParallel(megatron, chunk, DTYPES[precision]) for chunk in chunks]
     reduce_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
     )
     return [
         DistributedDataParallel(
@@ -79,6 +84,16 @@ def wrap(chunks: Sequence[LanguageModel], layout: Layout, precision: Precision) 
         )
         for number, chunk in enumerate(chunks)
     ]
+
+
+def gather_weights(wrapped: Sequence[Any]) -> None:
+    """Make the weights of `wrapped` whole on every rank; all ranks call this before anything reads them between steps.
+
+    With `overlap_param_gather` a rank otherwise has the new values of its own part only until the next forward pass.
+    """
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, bool]:

@@ -11,7 +11,8 @@ import torch
 
 from data_scheduler.stages import longest_sequence
 from parallel import accelerator, process_groups
-from parallel.attention import PackedDocuments, context_parallel_index, pack_documents
+from parallel.attention import PackedDocuments, pack_documents
+from parallel.context_parallel import context_parallel_index, share_of
 from parallel.engine import get_forward_backward_func
 from parallel.layout import Layout
 from parallel.process_groups import Ranks
@@ -138,6 +139,8 @@ def run_schedule(
     but on the last pipeline stage."""
     inputs = [place(microbatch, state) for microbatch in microbatches]
     iterators = [iter(inputs) for _ in state.wrapped]
+    # The chunks share one config; a stage of the run may change the number of micro-batches.
+    state.chunks[0].config.microbatch_group_size_per_vp_stage = chunk_group(state.layout, len(inputs), forward_only)
     single = len(state.wrapped) == 1
     reports: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -149,6 +152,18 @@ def run_schedule(
         forward_only=forward_only,
     )
     return reports
+
+
+def chunk_group(layout: Layout, microbatches: int, forward_only: bool) -> int:
+    """How many micro-batches a pipeline rank puts through one of its model chunks before it turns to the next chunk.
+
+    All of them is breadth-first (arXiv 2211.05953): each chunk's turn comes once in the forward and once in the
+    backward pass. The first rank then holds as many activations that wait for their turn, for which a forward pass
+    alone has no use.
+    """
+    pp = layout.pipeline_parallel_size
+    all_at_once = microbatches % pp if forward_only else layout.pipeline_schedule == "breadth_first"
+    return microbatches if all_at_once else pp
 
 
 @dataclass(frozen=True)
@@ -170,11 +185,12 @@ class Placed:
 def place(microbatch: MicroBatch, state: TrainState) -> Placed:
     """`microbatch` on this rank's device, with what attention needs of its documents."""
     device, model, tokens = accelerator.device(), state.config.model, microbatch.input_ids.size(1)
-    cp, seq_len = state.layout.context_parallel_size, microbatch.seq_len
-    held = gathered = None
+    layout, cp_rank, seq_len = state.layout, state.ranks.cp_rank, microbatch.seq_len
+    cp, held, share = layout.context_parallel_size, None, None
     if cp > 1:
-        parts = [context_parallel_index(tokens, seq_len, cp, rank) for rank in range(cp)]
-        held, gathered = parts[state.ranks.cp_rank], torch.cat(parts)
+        held = context_parallel_index(tokens, seq_len, cp, cp_rank)
+        lengths = torch.diff(microbatch.cu_seqlens).tolist()
+        share = share_of(lengths, seq_len, cp, cp_rank, layout.context_parallel_method, device)
 
     def local(tensor: torch.Tensor) -> torch.Tensor:
         return (tensor if held is None else tensor[..., held]).to(device, non_blocking=True)
@@ -194,8 +210,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             head_size(model),
             state.stage.rope_base,
             DTYPES[state.config.train.precision],
-            held,
-            gathered,
+            share,
         ),
         tokens=tokens,
     )

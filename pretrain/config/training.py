@@ -78,7 +78,17 @@ class ParallelConfig(StrictModel):
     pipeline_parallel_size: Positive = 1
     virtual_pipeline_parallel_size: Positive | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
+    pipeline_schedule: Literal["depth_first", "breadth_first"] = "depth_first"
+    """Order of a pipeline rank's model chunks: change the chunk after every `pipeline_parallel_size` micro-batches, or
+    only after all of them (arXiv 2211.05953: more activations are held, and gradients can be reduced earlier)."""
     context_parallel_size: Positive = 1
+    """Ranks that share the tokens of each sequence."""
+    context_parallel_method: Literal["all_gather", "all_to_all"] = "all_gather"
+    """What attention does under context parallelism: gather all keys and values (arXiv 2407.21783, section 3.3.2), or
+    swap tokens for heads, so that each rank has whole documents of some heads (Ulysses, arXiv 2309.14509; the
+    key/value heads over `tensor_parallel_size` must be a multiple of `context_parallel_size`)."""
+    expert_parallel_size: Positive = 1
+    """Split the experts of each layer over so many data- and context-parallel ranks."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     fully_sharded: bool = False
@@ -87,6 +97,11 @@ class ParallelConfig(StrictModel):
     reduce_gradients: Literal["step", "micro_batch"] = "step"
     """With `fully_sharded`: sum gradients over ranks once a step, which keeps whole gradients (fp32, 4 bytes a weight)
     from one micro-batch to the next, or after each micro-batch, which keeps shards alone and sends more."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass still computes others."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass already uses others; needs `distributed_optimizer` and
+    `overlap_grad_reduce`."""
 
     @model_validator(mode="after")
     def _reduces_shards(self) -> Self:

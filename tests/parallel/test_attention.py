@@ -2,12 +2,11 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from parallel.attention import PackedAttention, PackedDocuments, context_parallel_index, pack_documents
+from parallel.attention import PackedAttention, PackedDocuments, pack_documents
 from parallel.rotary import rotary_table, rotate
 
 HEADS, SIZE = 4, 8
@@ -18,11 +17,10 @@ def attention() -> PackedAttention:
     return PackedAttention(config=None, pg_collection=SimpleNamespace(cp=one))
 
 
-def packed(lengths: list[int], dense: bool = False) -> PackedDocuments:
+def packed(lengths: list[int]) -> PackedDocuments:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    everything = torch.arange(sum(lengths)) if dense else None
-    return pack_documents(cu_seqlens, positions, max(lengths), SIZE, 100.0, torch.float32, everything, everything)
+    return pack_documents(cu_seqlens, positions, max(lengths), SIZE, 100.0, torch.float32)
 
 
 def inputs(tokens: int, groups: int) -> list[torch.Tensor]:
@@ -67,22 +65,10 @@ def test_forward_and_backward_are_each_documents_own(lengths: list[int], groups:
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_the_dense_mask_agrees_with_document_by_document(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel.attention.gather_from_sequence_parallel_region", lambda x, group: x)
-    lengths = [5, 1, 9, 3]
-    tensors = inputs(sum(lengths), groups)
-    by_document = attention()(*tensors, None, packed_seq_params=packed(lengths))
-    dense = attention()(*tensors, None, packed_seq_params=packed(lengths, dense=True))
-    torch.testing.assert_close(dense, by_document, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_no_way_leaks_between_documents(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel.attention.gather_from_sequence_parallel_region", lambda x, group: x)
+def test_documents_do_not_leak_into_each_other() -> None:
     lengths = [4, 6, 2]
     tensors = [x.detach() for x in inputs(12, 2)]
-    documents = packed(lengths, dense=dense)
+    documents = packed(lengths)
     before = attention()(*tensors, None, packed_seq_params=documents)
     for tensor in tensors:
         tensor[4:10] += 100.0
@@ -101,12 +87,3 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     for distance in (1, 7):
         diagonal = products.diagonal(distance, 1, 2)
         torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
-
-
-@given(rows=st.integers(1, 4), cp=st.integers(1, 4), piece=st.integers(1, 4))
-def test_context_parallel_ranks_share_tokens_and_work_evenly(rows: int, cp: int, piece: int) -> None:
-    seq_len = 2 * cp * piece
-    parts = [context_parallel_index(rows * seq_len, seq_len, cp, rank) for rank in range(cp)]
-    assert sorted(torch.cat(parts).tolist()) == list(range(rows * seq_len))
-    work = {int((part % seq_len).sum()) for part in parts}
-    assert len(work) == 1

@@ -37,7 +37,13 @@ def layouts(draw: st.DrawFn) -> Layout:
         sequence_parallel=draw(st.booleans()),
         pipeline_parallel_size=draw(small),
         virtual_pipeline_parallel_size=draw(st.none() | st.integers(1, 3)),
+        pipeline_schedule=draw(st.sampled_from(["depth_first", "breadth_first"])),
         context_parallel_size=draw(st.integers(1, 3)),
+        context_parallel_method=draw(st.sampled_from(["all_gather", "all_to_all"])),
+        expert_parallel_size=draw(st.sampled_from([1, 1, 2, 3])),
+        distributed_optimizer=draw(st.booleans()),
+        overlap_grad_reduce=draw(st.booleans()),
+        overlap_param_gather=draw(st.booleans()),
     )
 
 
@@ -56,6 +62,8 @@ def shapes(draw: st.DrawFn) -> Shape:
         global_batch_size=draw(st.integers(1, 24)),
         micro_batch_size=draw(st.integers(1, 3)),
         lanes=draw(st.integers(1, 24)),
+        num_experts=draw(st.none() | st.integers(1, 6)),
+        moe_ffn_hidden_size=draw(st.integers(1, 12)),
     )
 
 
@@ -72,8 +80,22 @@ def fits(layout: Layout, shape: Shape) -> bool:
         remainders += [shape.seq_len % (2 * cp)]
     if layout.sequence_parallel:
         remainders += [tp == 1, shape.seq_len * shape.micro_batch_size // cp % tp]
+    micro_batches = shape.global_batch_size // dp // shape.micro_batch_size
+    if layout.pipeline_schedule == "breadth_first":
+        remainders += [virtual is None, micro_batches < pp]
+    elif virtual is not None:
+        remainders += [micro_batches % pp]
     if virtual is not None:
-        remainders += [virtual == 1, pp == 1, shape.global_batch_size // dp // shape.micro_batch_size % pp]
+        remainders += [virtual == 1, pp == 1]
+    if layout.context_parallel_method == "all_to_all":
+        remainders += [cp == 1, shape.num_query_groups // tp % cp]
+    ep = layout.expert_parallel_size
+    remainders += [dp * cp % ep, ep > 1 and shape.num_experts is None]
+    if shape.num_experts is not None:
+        assert shape.moe_ffn_hidden_size is not None
+        remainders += [shape.num_experts % ep, shape.moe_ffn_hidden_size % tp, tp > 1 and not layout.sequence_parallel]
+    if layout.overlap_param_gather:
+        remainders += [not layout.distributed_optimizer, not layout.overlap_grad_reduce]
     return not any(remainders)
 
 
@@ -134,6 +156,24 @@ def test_coordinates_are_a_bijection(layout: Layout) -> None:
         (Layout(1, virtual_pipeline_parallel_size=2), "needs pipeline_parallel_size of at least 2", "pp=1"),
         (Layout(32), "global_batch_size 16 is not a multiple of the data-parallel size 32", "dp=16"),
         (Layout(0), "world_size must be at least 1", "got 0$"),
+        (
+            Layout(8, tensor_parallel_size=2, context_parallel_size=4, context_parallel_method="all_to_all"),
+            "num_query_groups 4 over tensor_parallel_size 2 leaves 2, not a multiple of context_parallel_size 4, which",
+            "dp=2 tp=1 pp=1 cp=4 all_to_all, dp=1 tp=2 pp=1 cp=4 all_gather",
+        ),
+        (Layout(2, context_parallel_method="all_to_all"), "all_to_all needs context_parallel_size", "dp=2 tp=1 pp=1,"),
+        (
+            Layout(8, pipeline_parallel_size=4, pipeline_schedule="breadth_first"),
+            "breadth_first needs virtual_pipeline_parallel_size",
+            "dp=2 tp=1 pp=4,",
+        ),
+        (
+            Layout(32, pipeline_parallel_size=4, virtual_pipeline_parallel_size=2, pipeline_schedule="breadth_first"),
+            "2 micro-batches are fewer than pipeline_parallel_size 4",
+            "dp=8 tp=1 pp=4,",
+        ),
+        (Layout(2, expert_parallel_size=2), "expert_parallel_size 2 needs a model with num_experts", "dp=2 tp=1 pp=1,"),
+        (Layout(2, overlap_param_gather=True), "needs distributed_optimizer and overlap_grad_reduce", "dp=2"),
     ],
 )
 def test_messages_say_what_and_what_instead(layout: Layout, words: str, advice: str) -> None:
