@@ -5,7 +5,8 @@
     optimizer    Adam's two moments, under bf16 the master weights: 8 or 12 bytes a parameter; with
                  parallel.distributed_optimizer shared out over data- and context-parallel ranks (ZeRO-1)
     activations  what autograd keeps of a block for one token, times layers, tokens and micro-batches in flight
-    logits       float32[tokens, vocabulary / tp], and under bf16 a copy in bf16 while they are made
+    logits       float32[tokens, vocabulary / tp], under bf16 a copy in bf16 while they are made, and the last norm's
+                 input and output
     recomputed   what one block makes again in the backward pass
     inputs       all micro-batches of a step, with the cosines and sines of their positions
 
@@ -116,8 +117,7 @@ def _stage(
     activations = _in_flight(layout, stage, batch.micro_batches) * layers * kept
     logits = 0
     if stage == layout.pipeline_parallel_size - 1:
-        activations += block.final
-        logits = vocab_size // layout.tensor_parallel_size * (4 + (itemsize if itemsize < 4 else 0))
+        logits = block.final + vocab_size // layout.tensor_parallel_size * (4 + (itemsize if itemsize < 4 else 0))
     # Context parallelism gathers all keys and values, under a mask of [local, all] tokens.
     mask = batch.seq_len * batch.micro_batch_size if layout.context_parallel_size > 1 else 0
     inputs = BYTES_PER_INPUT + head_size(model) * itemsize + mask
