@@ -1,4 +1,4 @@
-"""What `headrace train CONFIG --dry-run` says: a run's model, layout, batches, schedule and memory, and nothing started.
+"""What `headrace train CONFIG --dry-run` says: a run's model, layout, batches, schedule and memory; nothing is started.
 
 No process groups, no weights, no data: a recipe for 64 GPUs is checked on a laptop in a second. `describe` gives plain
 data (`--json` prints it), `as_text` the same for people. What a real run would refuse about the layout is refused here
@@ -28,7 +28,7 @@ from pretrain.models.sizes import (
     layout_shape,
     query_groups,
 )
-from pretrain.models.vocabulary import VOCAB_MULTIPLE, check_vocabulary, padded_vocab_size
+from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.stages import StageSettings, settings_of
 
 MOST_RANKS = 16

@@ -20,8 +20,9 @@ Worked example: `llama-1b`, bf16, one GPU, 4,096 tokens, hidden 2,048, FFN 8,192
 a token keeps 2·(2,048·4 + 3,072 + 2,048 + 512 + 2,048 + 5·8,192) bytes and a little for norms and softmax: 114 kB; in
 16 blocks 4,096 tokens keep 7.5 GB.
 
-Not counted: what the allocator cannot use, the CUDA context (about 0.5 GB), NCCL's buffers, workspaces of matrix products.
-`tests/pretrain/test_memory.py` holds all of it against the real buffers, and the activations against what autograd saves.
+Not counted: what the allocator cannot use, the CUDA context (about 0.5 GB), NCCL's buffers, workspaces of matrix
+products. `tests/pretrain/test_memory.py` holds weights, gradients and optimizer against the real buffers, and the
+activations, on a CPU, against what autograd saves; what a GPU's kernels keep is from their sources, not yet measured.
 """
 
 import math
@@ -49,10 +50,13 @@ class Kernels(NamedTuple):
     """Which implementations run; they keep different tensors."""
 
     gpu: bool = True
-    """Variable-length flash attention and fused RMSNorm; on a CPU attention keeps its output twice (each document's, and
-    all together) and RMSNorm also x and x/rms in fp32."""
+    """Variable-length flash attention and fused RMSNorm; on a CPU attention keeps its output twice (each document's,
+    and all together) and RMSNorm also x and x/rms in fp32."""
     fused_swiglu: bool = False
     """Keeps neither silu(gate) nor the activation's factors."""
+
+
+GPU = Kernels()
 
 
 class StageMemory(NamedTuple):
@@ -84,7 +88,7 @@ def memory_by_stage(
     batch: Batch,
     precision: Literal["fp32", "bf16"] = "bf16",
     recompute: Literal["none", "selective", "full"] = "none",
-    kernels: Kernels = Kernels(),
+    kernels: Kernels = GPU,
 ) -> list[StageMemory]:
     """What each pipeline stage's ranks need in training; `vocab_size` is the padded one, `layout` one that fits."""
     return [

@@ -11,8 +11,8 @@ vocabulary counts; in billions of parameters:
     6.7b   32 x 4096         7.02          6.44                7.59
 
 With tied embeddings the totals are 0.3 %, 0.7 % and 4.7 % off the names, together nearer than by any other reading, so
-wontons tie them; 7.02 B is also what the report's "7B" says. (6.7 B is what GPT-3's shape of this size has with GPT-3's own
-vocabulary of 50,257.)
+wontons tie them; 7.02 B is also what the report's "7B" says. (6.7 B is what GPT-3's shape of this size has with
+GPT-3's own vocabulary of 50,257.)
 
 The llamas are Llama 3's (arXiv 2407.21783) and 3.2's shapes, the qwen3 those of Qwen3 (arXiv 2505.09388, table 1),
 whose heads are 128 wide whatever the hidden size is.

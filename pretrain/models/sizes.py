@@ -79,8 +79,8 @@ def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple
     """Floating-point operations of forward and backward for one token: (full attention, causal attention).
 
     6 for every weight of a matrix product, the output head's included and the input embedding's not, plus the attention
-    scores: 12·layers·heads·head_size·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only the
-    causal half is counted. Recomputation is not counted.
+    scores: 12·layers·heads·head_size·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only
+    the causal half is counted. Recomputation is not counted.
     """
     matrices = config.num_layers * _matrix_parameters(config) + vocab_size * config.hidden_size
     scores = 12 * config.num_layers * attention_width(config) * seq_len

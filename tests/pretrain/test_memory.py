@@ -1,7 +1,7 @@
 """The memory estimate: weights, gradients and optimizer state to the byte, activations against what autograd keeps."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ HERE = Kernels(gpu=False, fused_swiglu=False)
 class Held:
     """A tensor that autograd keeps; the storage counts once, however many views of it are kept."""
 
-    users: Counter[int] = Counter()
+    users: ClassVar[Counter[int]] = Counter()
     now = peak = 0
-    known: set[int] = set()
+    known: ClassVar[set[int]] = set()
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, storage = tensor, tensor.untyped_storage()
