@@ -83,6 +83,7 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
         yield f"{_one_line(model['description'])}\n"
     inner: list[tuple[str, str, str]] = []
     rows = []
+    required = {key for part in (model, *model.get("anyOf", ())[:1]) for key in part.get("required", ())}
     for key, place in model["properties"].items():
         reference = _reference(place)
         kinds = place.get("items", place).get("discriminator", {}).get("mapping", {})
@@ -90,7 +91,7 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
             below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
             inner += [(below, each.rpartition("/")[2], name) for name, each in kinds.items()]
             what = "list of sections" if below.endswith("[n]") else "section"
-            default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
+            default = "" if key in required else f"`{json.dumps(place.get('default'))}`"
             rows.append((key, what, default, f"{place.get('description', '')} See `{below}`."))
         elif reference is not None:
             below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
@@ -100,7 +101,7 @@ def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "
             default = "`null`" if {"type": "null"} in place.get("anyOf", ()) else ""
             rows.append((key, f"{what} or null" if default else what, default, f"{meaning} See `{below}`."))
         else:
-            default = "" if key in model.get("required", ()) else f"`{json.dumps(place.get('default'))}`"
+            default = "" if key in required else f"`{json.dumps(place.get('default'))}`"
             rows.append((key, _type(place), default, place.get("description", "")))
     yield _table(("key", "type", "default", "meaning"), [(f"`{row[0]}`", *row[1:]) for row in rows])
     for below, reference, name in inner:

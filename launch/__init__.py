@@ -1,7 +1,7 @@
 """How a run gets onto machines: processes on this one, or a job on a SLURM cluster.
 
     headrace launch local recipes/quickstart.yaml --nproc 4            4 processes here, restarted when they crash
-    headrace launch slurm recipes/wonton_7b.yaml --nodes 16 --gpus-per-node 8 --dry-run
+    headrace launch slurm recipes/wonton_6.7b.yaml --nodes 16 --gpus-per-node 8 --dry-run
 
 In: a run's configuration and a number of processes. Out: `headrace train` running in that many processes with RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set, and run again when its exit code says that this helps:

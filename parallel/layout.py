@@ -107,6 +107,8 @@ class Shape:
     global_batch_size: int
     micro_batch_size: int
     lanes: int
+    head_size: int | None = None
+    """Width of one head; None: hidden_size / num_attention_heads."""
     later: tuple[BatchShape, ...] = ()
     """Batches besides this first one: of stages to come, and held-out data."""
     num_experts: int | None = None
@@ -216,10 +218,11 @@ def _own_problem(layout: Layout) -> str | None:
 
 def _model_problem(layout: Layout, shape: Shape) -> str | None:
     tp = layout.tensor_parallel_size
-    if shape.hidden_size % shape.num_attention_heads:
+    if shape.head_size is None and shape.hidden_size % shape.num_attention_heads:
         return f"hidden_size {shape.hidden_size} is not a multiple of num_attention_heads {shape.num_attention_heads}"
-    if shape.hidden_size // shape.num_attention_heads % 2:
-        return f"head size {shape.hidden_size // shape.num_attention_heads} is odd, rotary embedding needs an even one"
+    head_size = shape.head_size or shape.hidden_size // shape.num_attention_heads
+    if head_size % 2:
+        return f"head size {head_size} is odd, rotary embedding needs an even one"
     if shape.num_attention_heads % shape.num_query_groups:
         return (
             f"num_attention_heads {shape.num_attention_heads} is not a multiple of "

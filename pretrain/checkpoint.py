@@ -32,6 +32,7 @@ from parallel.engine import dist_checkpointing, parallel_state
 from parallel.layout import Layout
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
+from pretrain.models.sizes import head_size
 from pretrain.optimizer import gather_weights
 from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
 from pretrain.step import TrainState
@@ -190,8 +191,10 @@ def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict
 
     `vocab_size` is the padded one, `precision` that of the weights.
     """
-    free = {"init_std", "z_loss", "max_z_loss", "rope_base", "norm_eps", "vocab_size"}
+    free = {"preset", "init_std", "z_loss", "max_z_loss", "rope_base", "norm_eps", "vocab_size"}
     model = {key: value for key, value in config.model_dump().items() if key not in free}
+    if config.hidden_size == config.num_attention_heads * head_size(config):
+        model["head_size"] = None  # the same heads, said or not
     return model | {"vocab_size": vocab_size, "precision": precision}
 
 

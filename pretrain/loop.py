@@ -21,7 +21,7 @@ from data_scheduler.batch import Batch, RejectedRecord
 from data_scheduler.config import SourceConfig
 from data_scheduler.stages import tokens_before
 from data_scheduler.state import LANE_ARRAYS, Snapshots
-from headrace.errors import CheckpointError, ConfigError, ExitCode
+from headrace.errors import CheckpointError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout, validate
 from pretrain import checkpoint
@@ -34,13 +34,12 @@ from pretrain.loss import FIXED_POINT
 from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.sizes import layout_shape
+from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
 from pretrain.selection.selection import open_selection, selection_record
 from pretrain.stages import settings_of
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
-VOCAB_MULTIPLE = 128
-"""Embedding rows are padded to a multiple of this: whole tensor-core tiles, and divisible by tensor-parallel sizes."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -73,14 +72,6 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     # A vocabulary that is not configured is padded to fit any layout.
     validate(layout, layout_shape(config, padded_vocab_size(config, 1)))
     return layout
-
-
-def padded_vocab_size(config: RunConfig, tokens: int) -> int:
-    """Embedding rows: the configured number, or the tokenizer's rounded up to VOCAB_MULTIPLE · tensor parallel size."""
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    multiple = VOCAB_MULTIPLE * config.parallel.tensor_parallel_size
-    return -(-tokens // multiple) * multiple
 
 
 class Run:
@@ -402,12 +393,6 @@ class Run:
     def _say(self, text: str) -> None:
         if self.ranks.rank == 0:
             sys.stderr.write(text + "\n")
-
-
-def check_vocabulary(vocab_size: int, tokens: int) -> None:
-    """Raise ConfigError when the tokenizer makes ids the embedding has no row for."""
-    if vocab_size < tokens:
-        raise ConfigError(f"model.vocab_size is {vocab_size} but the tokenizer has {tokens} tokens")
 
 
 class _stopping_on_signals:

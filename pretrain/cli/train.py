@@ -1,4 +1,4 @@
-"""`headrace train`: start a run or go on with it."""
+"""`headrace train`: start a run or go on with it, or say what it would be."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.errors import ExitCode
+from headrace.errors import ConfigError, ExitCode
 
 
 def train(
@@ -16,6 +16,13 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.steps=100.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes to start on this machine.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would be (model, layout, memory); start nothing.")
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: processes on all machines together.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
 ) -> None:
     """Train CONFIG; a run folder that holds a checkpoint is resumed from it.
 
@@ -23,7 +30,17 @@ def train(
     """
     from pretrain.config import load_config
 
+    if not dry_run and (world_size is not None or as_json):
+        raise ConfigError("--world-size and --json belong to --dry-run; --nproc N starts N processes")
     run_config = load_config(config, overrides or [])
+    if dry_run:
+        import orjson
+
+        from pretrain.dry_run import as_text, describe
+
+        plan = describe(run_config, world_size or nproc)
+        print(orjson.dumps(plan, option=orjson.OPT_INDENT_2).decode() if as_json else as_text(plan))
+        raise typer.Exit(int(ExitCode.DONE))
     if nproc > 1 and "RANK" not in os.environ:
         from pretrain.processes import start_processes
 

@@ -1,14 +1,27 @@
 """The `model` section of a run's configuration, and the kernels that compute it."""
 
-from typing import Literal
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, model_validator
 
 from data_scheduler.config import StrictModel
 from pretrain.config.numbers import NonNegativeFloat, Positive, PositiveFloat
 
 
-class ModelConfig(StrictModel):
-    """The model. `family` fixes the architecture, the numbers its size."""
+def _preset_or_all(schema: dict[str, Any]) -> None:
+    """A section with a `preset` need not have the keys that are required of others."""
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["preset"]}]
 
+
+class ModelConfig(StrictModel):
+    """The model. `family` fixes the architecture, the numbers its size; a `preset` gives both."""
+
+    model_config = ConfigDict(json_schema_extra=_preset_or_all)
+
+    preset: str | None = None
+    """Name of a published size (`docs/models.md` lists them), which gives every key that is not given beside it."""
     family: Literal["wonton", "llama", "qwen3"]
     """`wonton`: LayerNorm, biases, GELU, QK-LayerNorm (Nyonic, arXiv 2404.15702). `llama`: RMSNorm, SwiGLU, GQA, no
     biases. `qwen3`: llama with QK-RMSNorm."""
@@ -20,6 +33,8 @@ class ModelConfig(StrictModel):
     """Query heads."""
     num_query_groups: Positive | None = None
     """Key/value heads (GQA); as many as query heads when not given."""
+    head_size: Positive | None = None
+    """Width of one head; hidden_size / num_attention_heads when not given. Qwen3 has 128 whatever the others are."""
     ffn_hidden_size: Positive
     """Inner width of the MLP."""
     vocab_size: Positive | None = None
@@ -38,6 +53,19 @@ class ModelConfig(StrictModel):
     """Coefficient of z-loss, c·log²Z (PaLM, arXiv 2204.02311)."""
     max_z_loss: NonNegativeFloat = 0.0
     """Coefficient of max-z loss, c·(max logit)² (Baichuan 2, arXiv 2309.10305)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or not isinstance(name := raw.get("preset"), str):
+            return raw
+        from pretrain.models.presets import PRESETS  # which are made of this class
+
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
+            raise ValueError(f"no preset {name!r} ({hint})")
+        return PRESETS[name].model_dump(exclude_unset=True) | dict(raw)
 
 
 class KernelsConfig(StrictModel):

@@ -91,7 +91,8 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
         ("hidden_act", config["hidden_act"] not in ("silu", "swish")),
         ("use_sliding_window", bool(config.get("use_sliding_window"))),
         ("quantization_config", config.get("quantization_config") is not None),
-        ("head_dim", head_dim * heads != hidden),  # heads here are hidden_size / num_attention_heads wide
+        ("hidden_size", config["head_dim"] is None and hidden % heads != 0),
+        ("head_dim", type(head_dim) is not int or head_dim < 2 or head_dim % 2 != 0),
         ("num_key_value_heads", heads % groups != 0),
     ):
         if unsupported:
@@ -103,6 +104,7 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             hidden_size=hidden,
             num_attention_heads=heads,
             num_query_groups=groups,
+            head_size=None if head_dim * heads == hidden else head_dim,
             ffn_hidden_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             rope_base=_rope_base(config, where),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from pretrain.config import ModelConfig
-from pretrain.models.sizes import has_qk_norm, head_size, query_groups
+from pretrain.models.sizes import attention_width, has_qk_norm, head_size, query_groups
 
 
 class Part(NamedTuple):
@@ -61,7 +61,8 @@ def _layer(model: ModelConfig, layer: int) -> Iterator[Native]:
     if has_qk_norm(model):
         yield _whole(f"{attention}.q_layernorm.weight", layer, f"{there}.self_attn.q_norm.weight", (size,))
         yield _whole(f"{attention}.k_layernorm.weight", layer, f"{there}.self_attn.k_norm.weight", (size,))
-    yield _whole(f"{attention}.linear_proj.weight", layer, f"{there}.self_attn.o_proj.weight", (hidden, hidden))
+    proj = (hidden, attention_width(model))
+    yield _whole(f"{attention}.linear_proj.weight", layer, f"{there}.self_attn.o_proj.weight", proj)
 
     yield _whole(f"{mlp}.linear_fc1.layer_norm_weight", layer, f"{there}.post_attention_layernorm.weight", (hidden,))
     gate_up = (

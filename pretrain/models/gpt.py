@@ -14,7 +14,7 @@ from parallel.spec import block_spec
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import vocab_parallel_cross_entropy
 from pretrain.models.initialize import initialize_weights
-from pretrain.models.sizes import FAMILIES, has_qk_norm, query_groups
+from pretrain.models.sizes import FAMILIES, has_qk_norm, head_size, query_groups
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -60,6 +60,7 @@ def transformer_config(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=query_groups(config),
+        kv_channels=head_size(config),
         ffn_hidden_size=config.ffn_hidden_size,
         normalization=family.normalization,
         layernorm_epsilon=config.norm_eps,

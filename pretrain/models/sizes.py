@@ -44,32 +44,46 @@ def query_groups(config: ModelConfig) -> int:
 
 def head_size(config: ModelConfig) -> int:
     """Width of one head."""
-    return config.hidden_size // config.num_attention_heads
+    return config.head_size or config.hidden_size // config.num_attention_heads
+
+
+def attention_width(config: ModelConfig) -> int:
+    """Width of all query heads together; the hidden size unless heads have a size of their own."""
+    return config.num_attention_heads * head_size(config)
+
+
+def embedding_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters of the input embedding and, where it is another, the output head."""
+    return vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of one transformer block."""
+    family, hidden, ffn = FAMILIES[config.family], config.hidden_size, config.ffn_hidden_size
+    block = _matrix_parameters(config) + 2 * _norm_parameters(config, hidden)
+    if family.biases:
+        qkv = attention_width(config) + 2 * query_groups(config) * head_size(config)
+        block += qkv + hidden + ffn * (2 if family.gated else 1) + hidden
+    if has_qk_norm(config):
+        block += 2 * _norm_parameters(config, head_size(config))
+    return block
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Trainable parameters, embeddings included; `vocab_size` is the padded one."""
-    family, hidden, ffn = FAMILIES[config.family], config.hidden_size, config.ffn_hidden_size
-    norm = hidden * (2 if family.normalization == "LayerNorm" else 1)
-    embeddings = vocab_size * hidden * (1 if config.tie_embeddings else 2)
-    block = _matrix_parameters(config) + 2 * norm
-    if family.biases:
-        key_value = 2 * query_groups(config) * head_size(config)
-        block += hidden + key_value + hidden + ffn * (2 if family.gated else 1) + hidden
-    if has_qk_norm(config):
-        block += 2 * head_size(config) * (2 if family.normalization == "LayerNorm" else 1)
-    return config.num_layers * block + norm + embeddings
+    blocks = config.num_layers * block_parameters(config)
+    return blocks + _norm_parameters(config, config.hidden_size) + embedding_parameters(config, vocab_size)
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple[int, int]:
     """Floating-point operations of forward and backward for one token: (full attention, causal attention).
 
     6 for every weight of a matrix product, the output head's included and the input embedding's not, plus the attention
-    scores: 12·layers·hidden·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only the
-    causal half is counted. Recomputation is not counted.
+    scores: 12·layers·heads·head_size·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only
+    the causal half is counted. Recomputation is not counted.
     """
     matrices = config.num_layers * _matrix_parameters(config) + vocab_size * config.hidden_size
-    scores = 12 * config.num_layers * config.hidden_size * seq_len
+    scores = 12 * config.num_layers * attention_width(config) * seq_len
     return 6 * matrices + scores, 6 * matrices + scores // 2
 
 
@@ -85,6 +99,7 @@ def layout_shape(config: RunConfig, vocab_size: int) -> Shape:
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=query_groups(model),
+        head_size=model.head_size,
         ffn_hidden_size=model.ffn_hidden_size,
         vocab_size=vocab_size,
         seq_len=now.seq_len,
@@ -97,6 +112,10 @@ def layout_shape(config: RunConfig, vocab_size: int) -> Shape:
 
 def _matrix_parameters(config: ModelConfig) -> int:
     """Weights of one block's matrices."""
-    hidden = config.hidden_size
-    attention = hidden * (hidden + 2 * query_groups(config) * head_size(config)) + hidden * hidden
+    hidden, width = config.hidden_size, attention_width(config)
+    attention = hidden * (width + 2 * query_groups(config) * head_size(config)) + width * hidden
     return attention + hidden * config.ffn_hidden_size * (3 if FAMILIES[config.family].gated else 2)
+
+
+def _norm_parameters(config: ModelConfig, width: int) -> int:
+    return width * (2 if FAMILIES[config.family].normalization == "LayerNorm" else 1)

@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "untied MHA": {"family": "llama", "num_query_groups": None, "norm_eps": 1e-6},
     "one group": {"family": "llama", "num_query_groups": 1},
     "qwen3": {"family": "qwen3", "tie_embeddings": True},
+    "heads wider than hidden": {"family": "qwen3", "head_size": 32},
     "llama with QK norm": {"family": "llama", "qk_norm": True},
     "bf16": {"family": "llama", "precision": "bf16"},
 }

@@ -47,7 +47,7 @@ def random_model(**changes: Any) -> Any:
     config, kind = LlamaConfig, LlamaForCausalLM
     if changes.pop("qwen3", False):
         config, kind = Qwen3Config, Qwen3ForCausalLM
-        changes["head_dim"] = 16
+        changes.setdefault("head_dim", 16)
     model = kind(config(**(SIZES | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -77,8 +77,9 @@ def run_config(run_dir: Path, model: ModelConfig, data: DataConfig, **changes: A
         {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
         {"num_key_value_heads": 4, "rms_norm_eps": 1e-3},
         {"qwen3": True},
+        {"qwen3": True, "head_dim": 24},
     ],
-    ids=["untied", "tied", "mha", "qwen3"],
+    ids=["untied", "tied", "mha", "qwen3", "wide heads"],
 )
 def test_a_random_model_computes_the_same_here(
     changes: dict[str, Any], tmp_path: Path, data_config: Callable[..., DataConfig]
@@ -201,7 +202,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], type[HeadraceError], str]] = {
     "attention bias": (config_with(attention_bias=True), ConfigError, "attention_bias = True is not supported"),
     "MLP bias": (config_with(mlp_bias=True), ConfigError, "mlp_bias = True is not supported"),
     "activation": (config_with(hidden_act="gelu"), ConfigError, "hidden_act = 'gelu' is not supported"),
-    "head size": (config_with(head_dim=32), ConfigError, "head_dim = 32 is not supported"),
+    "head size": (config_with(head_dim=15), ConfigError, "head_dim = 15 is not supported"),
     "quantized": (config_with(quantization_config={"bits": 4}), ConfigError, "quantization_config"),
     "no size": (config_with(hidden_size="64"), ConfigError, "hidden_size must be a whole number, got '64'"),
     "bad number": (config_with(rms_norm_eps=-1.0), ConfigError, r"norm_eps: .* got -1\.0"),

@@ -172,6 +172,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         "hidden_size": heads * 2 * draw(st.integers(1, 4)),
         "num_attention_heads": heads,
         "num_query_groups": groups,
+        "head_size": draw(st.none() | st.sampled_from((2, 6))),
         "ffn_hidden_size": 2 * draw(st.integers(1, 20)),
         "qk_norm": draw(st.none() | st.booleans()),
         "tie_embeddings": draw(st.booleans()),

@@ -1,18 +1,28 @@
-"""The published sizes are the sizes their names say."""
+"""The published sizes are the sizes their names say, and a configuration can start from one by name."""
+
+from typing import Any
 
 import pytest
+import yaml
 
+from headrace.errors import ConfigError
 from parallel.layout import Layout, Shape, find_problem
+from pretrain.checkpoint import model_identity
+from pretrain.config import ModelConfig, RunConfig, dump_config, validate_config
 from pretrain.models.presets import PRESETS
-from pretrain.models.sizes import count_parameters, query_groups
+from pretrain.models.sizes import count_parameters, embedding_parameters, query_groups
 
-PARAMETERS = {  # billions; the llamas' from their model cards
-    "wonton-1.5b": 1.5,
-    "wonton-2.7b": 2.7,
-    "wonton-6.7b": 7.0,
-    "llama-1b": 1.236,
-    "llama-3b": 3.213,
-    "llama-8b": 8.030,
+PARAMETERS = {  # (total, total without embedding) in billions; those of llama and qwen3 from their model cards
+    "wonton-1.5b": (1.5, 1.21),
+    "wonton-2.7b": (2.7, 2.36),
+    "wonton-6.7b": (7.0, 6.44),
+    "llama-1b": (1.236, 0.973),
+    "llama-3b": (3.213, 2.819),
+    "llama-8b": (8.030, 6.980),
+    "qwen3-0.6b": (0.596, 0.44),
+    "qwen3-1.7b": (1.721, 1.41),
+    "qwen3-4b": (4.022, 3.63),
+    "qwen3-8b": (8.191, 6.946),
 }
 
 
@@ -20,12 +30,16 @@ PARAMETERS = {  # billions; the llamas' from their model cards
 def test_size_and_room_for_tensor_parallel(name: str) -> None:
     config = PRESETS[name]
     assert config.vocab_size is not None
-    assert count_parameters(config, config.vocab_size) / 1e9 == pytest.approx(PARAMETERS[name], rel=0.02)
+    total = count_parameters(config, config.vocab_size)
+    assert total / 1e9 == pytest.approx(PARAMETERS[name][0], rel=0.01)
+    without = total - embedding_parameters(config, config.vocab_size)
+    assert without / 1e9 == pytest.approx(PARAMETERS[name][1], rel=0.005)
     shape = Shape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=query_groups(config),
+        head_size=config.head_size,
         ffn_hidden_size=config.ffn_hidden_size,
         vocab_size=config.vocab_size,
         seq_len=2048,
@@ -34,3 +48,65 @@ def test_size_and_room_for_tensor_parallel(name: str) -> None:
         lanes=240,
     )
     assert find_problem(Layout(8, tensor_parallel_size=4, sequence_parallel=True), shape) is None
+
+
+def test_no_reading_of_the_wontons_names_fits_better_than_ours() -> None:
+    """With tied embeddings the totals are nearest to the names, over the three of them."""
+
+    def off(tied: bool, embedding: bool) -> float:
+        relative = []
+        for size in ("1.5", "2.7", "6.7"):
+            config = PRESETS[f"wonton-{size}b"].model_copy(update={"tie_embeddings": tied})
+            vocab = config.vocab_size or 0
+            counted = count_parameters(config, vocab) - (0 if embedding else embedding_parameters(config, vocab))
+            relative.append(abs(counted / float(size) / 1e9 - 1))
+        return sum(relative)
+
+    assert PRESETS["wonton-6.7b"].tie_embeddings
+    assert off(tied=True, embedding=True) < 0.06 < min(off(tied=False, embedding=True), off(tied=True, embedding=False))
+
+
+def run_config(model: dict[str, Any]) -> RunConfig:
+    data = {"tokenizer": "t", "sources": [{"name": "web", "paths": ["a"]}]}
+    return validate_config({"run": {"dir": "r"}, "model": model, "data": data, "train": {"steps": 1}}, "run.yaml")
+
+
+def test_a_preset_gives_what_is_not_given_beside_it() -> None:
+    given = run_config({"preset": "qwen3-0.6b", "num_layers": 2, "head_size": None, "z_loss": 1e-4}).model
+    expected = PRESETS["qwen3-0.6b"].model_dump() | {"num_layers": 2, "head_size": None, "z_loss": 1e-4}
+    assert given.model_dump() == expected | {"preset": "qwen3-0.6b"}
+
+
+def test_the_resolved_configuration_is_whole() -> None:
+    config = run_config({"preset": "llama-1b", "rope_base": 1e4})
+    dumped = yaml.safe_load(dump_config(config))
+    assert validate_config(dumped, "dumped") == config
+    name = dumped["model"].pop("preset")  # a preset that changed, or went, would change nothing of the run
+    assert name == "llama-1b"
+    without = validate_config(dumped, "dumped").model
+    assert without == config.model.model_copy(update={"preset": None})
+    assert model_identity(without, 1, "bf16") == model_identity(config.model, 1, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"preset": "llama-2b"}, "model: no preset 'llama-2b' (did you mean 'llama-"),
+        ({"preset": "x"}, "model: no preset 'x' (there are wonton-1.5b, wonton-2.7b"),
+        ({"preset": 3}, "model.preset: input should be a valid string"),
+        ({"preset": "llama-1b", "num_layer": 2}, "unknown key model.num_layer (did you mean 'num_layers'?)"),
+        ({"family": "llama"}, "model.num_layers is required"),
+    ],
+)
+def test_mistakes_name_the_key(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_config(model)
+    assert message in str(caught.value)
+
+
+def test_heads_as_wide_as_they_are_anyway_make_no_other_model() -> None:
+    config = PRESETS["llama-1b"]
+    said = config.model_copy(update={"head_size": 64})
+    assert model_identity(said, 1, "bf16") == model_identity(config, 1, "bf16")
+    wider = ModelConfig.model_validate(config.model_dump() | {"head_size": 128})
+    assert model_identity(wider, 1, "bf16") != model_identity(config, 1, "bf16")

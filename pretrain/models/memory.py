@@ -1,0 +1,280 @@
+"""How many bytes a run needs on each rank: pure arithmetic on a model, a layout and a batch.
+
+    weights      numel · itemsize                                          exact
+    gradients    numel · 4: buffers are fp32 in every precision            exact
+    optimizer    Adam's two moments, under bf16 the master weights: 8 or 12 bytes a parameter; with
+                 parallel.distributed_optimizer shared out over data- and context-parallel ranks (ZeRO-1)
+    activations  what autograd keeps of a block for one token, times layers, tokens and micro-batches in flight
+    logits       float32[tokens, vocabulary / tp], under bf16 a copy in bf16 while they are made, and the last norm's
+                 input and output
+    recomputed   what one block makes again in the backward pass
+    inputs       all micro-batches of a step, with the cosines and sines of their positions
+
+The activations are counted as Korthikanti et al. do (arXiv 2205.05198, section 4), operator by operator, for our parts:
+no dropout masks; flash attention, so no [seq, seq] scores (their 5·a·s/h is 0); the fused query-key-value output stays,
+because v is a view of it, beside rotated queries and keys; SwiGLU or GELU; norms and residuals split over the
+tensor-parallel group only with sequence parallelism. Pipelines keep as many micro-batches as their schedule has in
+flight (1F1B, arXiv 2006.09503; interleaved, arXiv 2104.04473).
+
+Worked example: `llama-1b`, bf16, one GPU, 4,096 tokens, hidden 2,048, FFN 8,192, 32 heads in 8 groups of 64. In a block
+a token keeps 2·(2,048·4 + 3,072 + 2,048 + 512 + 2,048 + 5·8,192) bytes and a little for norms and softmax: 114 kB; in
+16 blocks 4,096 tokens keep 7.5 GB.
+
+Not counted: what the allocator cannot use, the CUDA context (about 0.5 GB), NCCL's buffers, workspaces of matrix
+products. `tests/pretrain/test_memory.py` holds weights, gradients and optimizer against the real buffers, and the
+activations, on a CPU, against what autograd saves; what a GPU's kernels keep is from their sources, not yet measured.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from parallel.layout import Layout
+from pretrain.config import ModelConfig
+from pretrain.models.sizes import FAMILIES, attention_width, has_qk_norm, head_size, query_groups
+
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+BYTES_PER_INPUT = 8 + 8 + 8 + 8 + 1
+"""Of a token: id, label, position, source, mask."""
+
+
+class Batch(NamedTuple):
+    """One data-parallel rank's part of a step."""
+
+    seq_len: int
+    micro_batch_size: int
+    micro_batches: int
+
+
+class Kernels(NamedTuple):
+    """Which implementations run; they keep different tensors."""
+
+    gpu: bool = True
+    """Variable-length flash attention and fused RMSNorm; on a CPU attention keeps its output twice (each document's,
+    and all together) and RMSNorm also x and x/rms in fp32."""
+    fused_swiglu: bool = False
+    """Keeps neither silu(gate) nor the activation's factors."""
+
+
+GPU = Kernels()
+
+
+class StageMemory(NamedTuple):
+    """Bytes on each rank of one pipeline stage; ranks of a stage are alike."""
+
+    stage: int
+    parameters: int
+    """Weights on the rank, in numbers."""
+    weights: int
+    gradients: int
+    optimizer: int
+    """Of the fullest rank; the others have less by padding only."""
+    activations: int
+    logits: int
+    recomputed: int
+    inputs: int
+
+    @property
+    def total(self) -> int:
+        """At the highest point: the end of a forward pass, or a recomputation after the logits are gone."""
+        standing = self.weights + self.gradients + self.optimizer + self.inputs
+        return standing + self.activations + max(self.logits, self.recomputed)
+
+
+def memory_by_stage(
+    model: ModelConfig,
+    vocab_size: int,
+    layout: Layout,
+    batch: Batch,
+    precision: Literal["fp32", "bf16"] = "bf16",
+    recompute: Literal["none", "selective", "full"] = "none",
+    kernels: Kernels = GPU,
+) -> list[StageMemory]:
+    """What each pipeline stage's ranks need in training; `vocab_size` is the padded one, `layout` one that fits."""
+    return [
+        _stage(stage, model, vocab_size, layout, batch, ITEMSIZE[precision], recompute, kernels)
+        for stage in range(layout.pipeline_parallel_size)
+    ]
+
+
+def _stage(
+    stage: int,
+    model: ModelConfig,
+    vocab_size: int,
+    layout: Layout,
+    batch: Batch,
+    itemsize: int,
+    recompute: str,
+    kernels: Kernels,
+) -> StageMemory:
+    chunks = [list(_weights(model, vocab_size, layout, stage, chunk)) for chunk in range(layout.model_chunks)]
+    parameters = sum(weight.numel for chunk in chunks for weight in chunk)
+    sharded = layout.distributed_optimizer
+    shards = layout.data_parallel_size * layout.context_parallel_size if sharded else 1
+    stored = sum(_buffer_size(chunk, shards) for chunk in chunks) if sharded else parameters
+    masters = 4 if itemsize == 2 else 0
+
+    block = _block(model, layout, itemsize, kernels)
+    tokens = batch.seq_len * batch.micro_batch_size // layout.context_parallel_size
+    kept, again = block.kept(recompute)
+    layers = model.num_layers // (layout.pipeline_parallel_size * layout.model_chunks)
+    activations = _in_flight(layout, stage, batch.micro_batches) * layers * kept
+    logits = 0
+    if stage == layout.pipeline_parallel_size - 1:
+        logits = block.final + vocab_size // layout.tensor_parallel_size * (4 + (itemsize if itemsize < 4 else 0))
+    # Context parallelism gathers all keys and values, under a mask of [local, all] tokens.
+    mask = batch.seq_len * batch.micro_batch_size if layout.context_parallel_size > 1 else 0
+    inputs = BYTES_PER_INPUT + head_size(model) * itemsize + mask
+    return StageMemory(
+        stage=stage,
+        parameters=parameters,
+        weights=stored * itemsize,
+        gradients=stored * 4,
+        optimizer=stored // shards * (8 + masters),
+        activations=tokens * activations,
+        logits=tokens * logits,
+        recomputed=tokens * again,
+        inputs=tokens * inputs * batch.micro_batches,
+    )
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+class _Weight(NamedTuple):
+    numel: int
+    alone: bool = False
+    """Has a bucket of its own: the embedding that two pipeline stages share."""
+
+
+def _weights(model: ModelConfig, vocab_size: int, layout: Layout, stage: int, chunk: int) -> Iterator[_Weight]:
+    """The weights of one model chunk on one rank, in the order in which the model has them."""
+    tp, hidden, ffn = layout.tensor_parallel_size, model.hidden_size, model.ffn_hidden_size
+    family = FAMILIES[model.family]
+    norms = 2 if family.normalization == "LayerNorm" else 1
+    width, key_value = attention_width(model), query_groups(model) * head_size(model)
+    first = stage == 0 and chunk == 0
+    last = stage == layout.pipeline_parallel_size - 1 and chunk == layout.model_chunks - 1
+    embedding = _Weight(vocab_size // tp * hidden, alone=model.tie_embeddings and layout.pipeline_parallel_size > 1)
+    if first:
+        yield embedding
+    for _ in range(model.num_layers // (layout.pipeline_parallel_size * layout.model_chunks)):
+        shapes = [hidden] * norms + [width * hidden // tp]
+        shapes += [hidden] if family.biases else []
+        shapes += [(width + 2 * key_value) * hidden // tp]
+        shapes += [(width + 2 * key_value) // tp] if family.biases else []
+        shapes += [head_size(model)] * (2 * norms) if has_qk_norm(model) else []
+        inner = ffn * (2 if family.gated else 1) // tp
+        shapes += [hidden] * norms + [inner * hidden] + ([inner] if family.biases else [])
+        shapes += [ffn // tp * hidden] + ([hidden] if family.biases else [])
+        yield from map(_Weight, shapes)
+    if last:
+        yield from map(_Weight, [hidden] * norms)
+        if not (first and model.tie_embeddings):
+            yield embedding
+
+
+def _buffer_size(weights: list[_Weight], shards: int) -> int:
+    """Numbers in megatron-core's buffer for `weights` under the distributed optimizer: each begins at a multiple of 64,
+    each bucket ends at one of 128 and of the ranks that share it (`_ParamAndGradBuffer`)."""
+    divisor = math.lcm(shards, 128)
+    at = 0
+    for weight in reversed(weights):
+        at = _up(_up(at, 64), divisor if weight.alone else 1) + weight.numel
+        at = _up(at, divisor) if weight.alone else at
+    return _up(at, divisor)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    """Bytes a token keeps in one block, by what is kept when."""
+
+    input: int
+    """The block's input: all that is left under `full`."""
+    norms: int
+    """Both norms without the block's input: the residual in the middle, and what projections take from the norms."""
+    qkv: int
+    """The fused projection's output, and what norms of queries and keys keep."""
+    attention_input: int
+    """Queries and keys as core attention gets them, where they are not views of `qkv`."""
+    attention: int
+    """Rotated queries and keys, softmax statistics, single documents' outputs."""
+    attention_output: int
+    mlp: int
+    """Everything inside the MLP but its input."""
+    final: int
+    """The last norm's input and output."""
+    shared: int
+    """What a block that is made again has of the input that was kept: all of it, unless the norm took it to fp32."""
+
+    def kept(self, recompute: str) -> tuple[int, int]:
+        """(from forward to backward in every block, made again while one block's backward runs)."""
+        whole = self.input + self.norms + self.qkv + self.attention + self.attention_output + self.mlp
+        if recompute == "none":
+            return whole, 0
+        if recompute == "full":
+            return self.input, whole - self.shared
+        kept = self.input + self.norms + self.qkv + self.attention_input + self.attention_output
+        return kept, max(self.mlp, self.attention)
+
+
+def _block(model: ModelConfig, layout: Layout, itemsize: int, kernels: Kernels) -> _Block:
+    family, tp = FAMILIES[model.family], layout.tensor_parallel_size
+    width, key_value = attention_width(model) // tp, query_groups(model) * head_size(model) // tp
+    heads, grouped = model.num_attention_heads // tp, query_groups(model) < model.num_attention_heads
+    hidden = model.hidden_size // (tp if layout.sequence_parallel else 1)
+    ffn = model.ffn_hidden_size // tp
+    composite = family.normalization == "RMSNorm" and not kernels.gpu  # several operators, in fp32
+
+    def norm(size: int) -> int:
+        """Besides a copy of its input in the weights' type, which the composite norm keeps in fp32 only."""
+        if composite:
+            return size * (4 if itemsize == 4 else 8 - itemsize)
+        return 4 if family.normalization == "RMSNorm" else 8
+
+    qkv = itemsize * (width + 2 * key_value)
+    attention_input = itemsize * width if grouped else 0
+    if has_qk_norm(model):
+        if not composite:
+            qkv += attention_input  # the copy that grouped queries are; else the norm keeps a view
+            qkv += norm(0) * (heads + key_value // head_size(model))
+        elif itemsize == 4:
+            qkv += attention_input + norm(width + key_value)
+        else:
+            qkv += 8 * (width + key_value)
+        attention_input = itemsize * (width + key_value)
+    rotated = itemsize * (width + key_value)
+    if layout.context_parallel_size > 1:
+        rotated += itemsize * (2 * key_value * layout.context_parallel_size - key_value)
+    if family.gated:
+        mlp = itemsize * ffn * (3 if kernels.fused_swiglu else 5)
+    else:
+        mlp = itemsize * ffn * 2
+    return _Block(
+        input=itemsize * hidden,
+        norms=3 * itemsize * hidden + 2 * norm(hidden),
+        qkv=qkv,
+        attention_input=attention_input,
+        attention=rotated + 4 * heads + (0 if kernels.gpu else itemsize * width),
+        attention_output=itemsize * width,
+        mlp=mlp,
+        final=2 * itemsize * hidden + norm(hidden),
+        shared=0 if composite and itemsize == 2 else itemsize * hidden,
+    )
+
+
+def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Model chunks' forward passes of `stage` that await their backward, at most."""
+    pipeline, chunks = layout.pipeline_parallel_size, layout.model_chunks
+    if pipeline == 1:
+        return 1
+    if chunks == 1:
+        return min(micro_batches, pipeline - stage)
+    warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline
+    return min(micro_batches * chunks, warm_up + 1)
