@@ -207,10 +207,11 @@ class Run:
         began = time.perf_counter()
         scale = setting(self.scheduler, "lr_scale", 1.0)
         batch = next(self.scheduler)
-        stage = self.state.stage = settings_of(self.config, self.scheduler.plan.shape.at(batch.step))
+        shape = self.scheduler.plan.shape
+        stage = self.state.stage = settings_of(self.config, shape.at(batch.step))
         size = stage.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
-        lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * stage.lr_scale * scale
+        lr = learning_rate(self.config, shape, batch.step) * stage.lr_scale * scale
         if self.selection is None:
             result = train_step(self.state, microbatches, lr)
         else:

@@ -14,6 +14,7 @@ from data_scheduler.stages import Turn, turns
 from data_scheduler.timeline import Timeline
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import RunConfig
+from pretrain.config.learning_rate import LearningRateConfig
 
 
 class StageSettings(NamedTuple):
@@ -31,10 +32,29 @@ class StageSettings(NamedTuple):
 def settings_of(config: RunConfig, shape: Mapping[str, int]) -> StageSettings:
     """What holds for the steps of `shape`, a batch shape as journaled."""
     number, size, base, scale = shape.get("stage"), config.train.micro_batch_size, config.model.rope_base, 1.0
-    for stage in config.stages[: 0 if number is None else number + 1]:
+    for stage in config.stages[: _stages_begun(number)]:
         size, base = stage.micro_batch_size or size, stage.rope_base or base
         scale = stage.lr_scale or scale
     return StageSettings(number, shape["seq_len"], shape["global_batch_size"], size, base, scale)
+
+
+def schedule_began_with(config: RunConfig, number: int | None) -> int | None:
+    """The stage that the learning-rate schedule of stage `number` began with; None: it is that of `optimizer`."""
+    named = [at for at, stage in enumerate(config.stages[: _stages_begun(number)]) if stage.learning_rate is not None]
+    return named[-1] if named else None
+
+
+def schedule_of(config: RunConfig, number: int | None) -> LearningRateConfig:
+    """The learning-rate schedule of stage `number`."""
+    schedule: LearningRateConfig = config.optimizer
+    for stage in config.stages[: _stages_begun(number)]:
+        if stage.learning_rate is not None:
+            schedule = stage.learning_rate.after(schedule)
+    return schedule
+
+
+def _stages_begun(number: int | None) -> int:
+    return 0 if number is None else number + 1
 
 
 def first_settings(config: RunConfig) -> StageSettings:

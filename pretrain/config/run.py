@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from data_scheduler.config import DataConfig, Stage, StrictModel, with_stages
+from pretrain.config.learning_rate import LearningRateConfig, LearningRateSegment, check_schedule
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
 from pretrain.config.services import ControlConfig, MetricsConfig
@@ -31,6 +32,8 @@ class RunStage(Stage):
     """`train.micro_batch_size` from here on: fewer sequences at once, where they are longer."""
     lr_scale: PositiveFloat | None = None
     """Factor of the learning rate from here on."""
+    learning_rate: LearningRateSegment | None = None
+    """A schedule of its own, from here to the next stage that has one."""
 
 
 class RunConfig(StrictModel):
@@ -59,6 +62,16 @@ class RunConfig(StrictModel):
         except ValidationError:
             return raw  # to be named once, under `stages`
         return {**raw, "data": with_stages(raw)}
+
+    @model_validator(mode="after")
+    def _schedules_make_sense(self) -> "RunConfig":
+        schedule: LearningRateConfig = self.optimizer
+        check_schedule(schedule, "optimizer")
+        for number, stage in enumerate(self.stages):
+            if stage.learning_rate is not None:
+                schedule = stage.learning_rate.after(schedule)
+                check_schedule(schedule, f"stages.{number}.learning_rate")
+        return self
 
 
 _STAGES = TypeAdapter(list[RunStage])
