@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from parallel import accelerator
 from parallel.engine import MegatronModule, PackedSeqParams, gather_from_sequence_parallel_region
+from parallel.rope_scaling import RopeScaling
 from parallel.rotary import rotary_table, rotate
 
 
@@ -46,6 +47,7 @@ def pack_documents(
     dtype: torch.dtype,
     token_index: torch.Tensor | None = None,
     gathered_index: torch.Tensor | None = None,
+    rope_scaling: RopeScaling | None = None,
 ) -> PackedDocuments:
     """What attention needs of the documents that end at `cu_seqlens[1:]` (int32[documents + 1], on the CPU).
 
@@ -54,7 +56,7 @@ def pack_documents(
     holds, and `gathered_index` (int64[tokens]) which ones an all-gather over the context-parallel ranks brings, in
     its order.
     """
-    cos, sin = rotary_table(max_position, head_size, rope_base, dtype, position_ids.device)
+    cos, sin = rotary_table(max_position, head_size, rope_base, dtype, position_ids.device, rope_scaling)
     lengths: list[int] = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     mask = None
     if token_index is not None and gathered_index is not None:

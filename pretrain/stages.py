@@ -15,6 +15,7 @@ from data_scheduler.timeline import Timeline
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import RunConfig
 from pretrain.config.learning_rate import LearningRateConfig
+from pretrain.config.rope import RopeScalingConfig
 
 
 class StageSettings(NamedTuple):
@@ -26,16 +27,18 @@ class StageSettings(NamedTuple):
     global_batch_size: int
     micro_batch_size: int
     rope_base: float
+    rope_scaling: RopeScalingConfig | None
     lr_scale: float
 
 
 def settings_of(config: RunConfig, shape: Mapping[str, int]) -> StageSettings:
     """What holds for the steps of `shape`, a batch shape as journaled."""
     number, size, base, scale = shape.get("stage"), config.train.micro_batch_size, config.model.rope_base, 1.0
+    scaling = config.model.rope_scaling
     for stage in config.stages[: _stages_begun(number)]:
         size, base = stage.micro_batch_size or size, stage.rope_base or base
-        scale = stage.lr_scale or scale
-    return StageSettings(number, shape["seq_len"], shape["global_batch_size"], size, base, scale)
+        scaling, scale = stage.rope_scaling or scaling, stage.lr_scale or scale
+    return StageSettings(number, shape["seq_len"], shape["global_batch_size"], size, base, scaling, scale)
 
 
 def schedule_began_with(config: RunConfig, number: int | None) -> int | None:

@@ -21,6 +21,7 @@ from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, update
+from pretrain.rope import rope_scaling
 from pretrain.stages import StageSettings, first_settings
 
 
@@ -190,6 +191,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             DTYPES[state.config.train.precision],
             held,
             gathered,
+            rope_scaling(state.stage.rope_scaling),
         ),
         tokens=tokens,
     )

@@ -4,6 +4,7 @@ from typing import Literal
 
 from data_scheduler.config import StrictModel
 from pretrain.config.numbers import NonNegativeFloat, Positive, PositiveFloat
+from pretrain.config.rope import RopeScalingConfig
 
 
 class ModelConfig(StrictModel):
@@ -26,6 +27,8 @@ class ModelConfig(StrictModel):
     """Rows of the embedding; the tokenizer's size rounded up to a multiple of 128 when not given."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary embedding's frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretches these frequencies, for a model that was trained with shorter sequences."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every norm."""
     qk_norm: bool | None = None

@@ -9,6 +9,7 @@ from data_scheduler.config import DataConfig, Stage, StrictModel, with_stages
 from pretrain.config.learning_rate import LearningRateConfig, LearningRateSegment, check_schedule
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
+from pretrain.config.rope import RopeScalingConfig
 from pretrain.config.services import ControlConfig, MetricsConfig
 from pretrain.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
@@ -28,6 +29,8 @@ class RunStage(Stage):
 
     rope_base: PositiveFloat | None = None
     """`model.rope_base` from here on."""
+    rope_scaling: RopeScalingConfig | None = None
+    """`model.rope_scaling` from here on."""
     micro_batch_size: Positive | None = None
     """`train.micro_batch_size` from here on: fewer sequences at once, where they are longer."""
     lr_scale: PositiveFloat | None = None
