@@ -13,7 +13,7 @@ from data_scheduler.plan import Plan
 from data_scheduler.stages import Turn, turns
 from data_scheduler.timeline import Timeline
 from pretrain.complete_checkpoints import complete_steps
-from pretrain.config import RunConfig
+from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.learning_rate import LearningRateConfig
 from pretrain.config.rope import RopeScalingConfig
 
@@ -29,16 +29,19 @@ class StageSettings(NamedTuple):
     rope_base: float
     rope_scaling: RopeScalingConfig | None
     lr_scale: float
+    trainable: tuple[str, ...] | None
+    """Patterns of the names of parameters that are updated; None: all are."""
 
 
 def settings_of(config: RunConfig, shape: Mapping[str, int]) -> StageSettings:
     """What holds for the steps of `shape`, a batch shape as journaled."""
     number, size, base, scale = shape.get("stage"), config.train.micro_batch_size, config.model.rope_base, 1.0
-    scaling = config.model.rope_scaling
+    scaling, trainable = config.model.rope_scaling, None
     for stage in config.stages[: _stages_begun(number)]:
         size, base = stage.micro_batch_size or size, stage.rope_base or base
         scaling, scale = stage.rope_scaling or scaling, stage.lr_scale or scale
-    return StageSettings(number, shape["seq_len"], shape["global_batch_size"], size, base, scaling, scale)
+        trainable = trainable if stage.trainable is None else tuple(stage.trainable)
+    return StageSettings(number, shape["seq_len"], shape["global_batch_size"], size, base, scaling, scale, trainable)
 
 
 def schedule_began_with(config: RunConfig, number: int | None) -> int | None:
@@ -58,6 +61,12 @@ def schedule_of(config: RunConfig, number: int | None) -> LearningRateConfig:
 
 def _stages_begun(number: int | None) -> int:
     return 0 if number is None else number + 1
+
+
+def parallel_of(config: RunConfig, number: int | None) -> ParallelConfig:
+    """How the model is spread over processes in stage `number`; None: before the first."""
+    named = [stage.parallel for stage in config.stages[: _stages_begun(number)] if stage.parallel is not None]
+    return named[-1] if named else config.parallel
 
 
 def first_settings(config: RunConfig) -> StageSettings:

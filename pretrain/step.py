@@ -23,6 +23,7 @@ from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, update
 from pretrain.rope import rope_scaling
 from pretrain.stages import StageSettings, first_settings
+from pretrain.trainable import check_trainable, frozen
 
 
 @dataclass
@@ -87,6 +88,7 @@ def build_state(
         train.seed,
         config.kernels,
     )
+    check_trainable(config, chunks)
     optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision)
     sources = len(config.data.sources) if num_sources is None else num_sources
     return TrainState(chunks, wrapped, optimizer, config, layout, ranks, sources, first_settings(config))
@@ -99,7 +101,8 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False)
-    grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr)
+    still = frozen(state.chunks, state.optimizer, state.stage.trainable)
+    grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still)
     loss = float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
     return StepResult(loss, grad_norm, loss_sums, tokens, skipped)
 

@@ -283,3 +283,54 @@ def test_mistakes_in_stages_are_named_once(run_config: Make, stage: dict[str, An
         run_config("run", stages=[stage])
     assert message in str(caught.value)
     assert len(str(caught.value).split(";")) == 1 + message.count(";")
+
+
+@pytest.mark.multiprocess
+def test_a_stage_may_go_on_in_another_layout(run_config: Make, staged: RunConfig, tmp_path: Path) -> None:
+    """Data parallel, then tensor parallel, then pipeline parallel, in the same two processes."""
+    layouts: list[dict[str, Any]] = [
+        {"tensor_parallel_size": 2, "sequence_parallel": True},
+        {},
+        {"pipeline_parallel_size": 2},
+    ]
+    rows = checkpoint.read_meta(checkpoint.Checkpoints(staged.run.dir).path(STEPS))["model"]["vocab_size"]
+    stages = [stage | {"parallel": parallel} for stage, parallel in zip(STAGES, layouts, strict=True)]
+    changes = {
+        "train__eval_sequences": 2,
+        "train__eval_every": 4,
+        "checkpoint__keep_last": 0,
+        "model__vocab_size": rows,
+    }
+    config = run_config("moving", stages=stages, **changes)
+    assert run_ranks(2, go, config, timeout_s=240) == [0, 0]
+    for record, expected in zip(curve(config), curve(staged), strict=True):
+        assert record["step"] == expected["step"]
+        if "val_loss" in record:
+            assert record["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+            continue
+        for key in ("batch_sha256", "tokens", "input_tokens", "seq_len", "global_batch_size", "lr"):
+            assert record[key] == expected[key]
+        for key in ("loss", "grad_norm"):
+            assert record[key] == pytest.approx(expected[key], rel=1e-5 if key == "loss" else 1e-4)
+    saved = [
+        checkpoint.read_meta(checkpoint.Checkpoints(config.run.dir).path(step))["layout"] for step in (3, 6, 9, 12)
+    ]
+    sizes = [(meta["tensor_parallel_size"], meta["pipeline_parallel_size"]) for meta in saved]
+    assert sizes == [(1, 1), (2, 1), (1, 1), (1, 2)]
+    # The run is over, and only the last layout is still ahead: of one process, it would be refused.
+    with pytest.raises(LayoutError, match="1 processes cannot be split into"):
+        checked_config(Path(config.run.dir) / "config.yaml", [], 1)
+
+
+def test_layouts_of_later_stages_are_checked_at_the_start(run_config: Make, tmp_path: Path) -> None:
+    stages = [{"from_step": 2, "parallel": {"tensor_parallel_size": 4}}]
+    config = run_config("run", stages=stages)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    with pytest.raises(LayoutError) as caught:
+        checked_config(tmp_path / "run.yaml", [], 4)
+    assert str(caught.value).startswith("stages.0.parallel: ")
+    assert "num_query_groups 2 is not a multiple of tensor_parallel_size 4" in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"stages.0.parallel.distributed_optimizer: a run keeps this setting for life"
+    ):
+        run_config("run", stages=[{"from_step": 2, "parallel": {"distributed_optimizer": True}}])
