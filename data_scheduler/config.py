@@ -209,6 +209,15 @@ class BatchRamp(StrictModel):
     first growth is where the stage begins."""
 
 
+class StagePolicy(StrictModel):
+    """The policy of a stage. Horizon, guard-rails and `dry_run` are those of `data.policy` throughout."""
+
+    kind: str
+    """Name of a policy, as in `data.policy`."""
+    options: dict[str, Any] = {}
+    """Handed to the policy as keyword arguments."""
+
+
 class Stage(StrictModel):
     """A stretch of the run, up to where the next stage begins. What it does not name stays as it was."""
 
@@ -227,6 +236,8 @@ class Stage(StrictModel):
     """Lets the global batch size grow from what it was before."""
     weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = None
     """The sources' weights from here on; a source that is not named has 0."""
+    policy: StagePolicy | None = None
+    """Who sets the mixture weights from here on; it begins anew with the stage, unless it was this very one before."""
 
     @model_validator(mode="after")
     def _begins_and_grows_in_one_way(self) -> "Stage":

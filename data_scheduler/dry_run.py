@@ -22,7 +22,7 @@ from data_scheduler.plan import Chosen, Plan
 from data_scheduler.policies import Feedback, Policy
 from data_scheduler.policies.context import Context, SourceSize
 from data_scheduler.policies.guard import open_policy
-from data_scheduler.stages import configured_events, tokens_before
+from data_scheduler.stages import configured_events, policy_of, tokens_before, weights_of
 
 UNLIMITED = 1 << 62
 
@@ -82,7 +82,12 @@ class DryRun:
         """Steps with which stages begin or grow; 0 is one."""
         self._chosen, self._policy = self._open_policy(self.plan.chosen(0))
         self.listens = self._policy.uses_feedback
-        """Whether the policy looks at losses."""
+        """Whether the policy looks at losses, or that of a stage."""
+        for number, stage in enumerate(config.stages):
+            if stage.policy is not None:
+                kind, options = policy_of(config, number).values()
+                policy = open_policy(config, self._context, kind, options, weights_of(config, number))
+                self.listens |= policy.uses_feedback
         check_horizon(config, self.listens)
         self._losses = losses or FlatLosses(self.names)
         self._mixer = Mixer(len(self.names))
@@ -111,7 +116,7 @@ class DryRun:
                 batch, seq_len = shape["global_batch_size"], shape["seq_len"]
                 self._change_policy(step)
             heard = [self._reports.pop(0)] if self._reports and self._reports[0].step <= step - horizon else []
-            found = self._shares(step, self._policy.weights(step, heard))
+            found = self._shares(step, self._policy.weights(step, heard if self._policy.uses_feedback else []))
             if found is None:
                 return
             asked, shares = found

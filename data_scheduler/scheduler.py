@@ -48,7 +48,7 @@ from data_scheduler.policies.guard import Guard, open_policy
 from data_scheduler.policy_context import PolicyInputs, run_context
 from data_scheduler.sequences import BoolArray, Int32
 from data_scheduler.source import SourceReader
-from data_scheduler.stages import check_layout, configured_events, turns
+from data_scheduler.stages import check_layout, configured_events, policy_of, turns, weights_of
 from data_scheduler.state import EXHAUSTED, State, Touched
 from data_scheduler.timeline import Timeline
 from data_scheduler.transforms.source_transforms import open_transforms
@@ -128,6 +128,7 @@ class Scheduler:
         self._policy = self._made_policy(config.policy.kind, config.policy.options, configured)
         self._chosen = Chosen(config.policy.kind, config.policy.options, configured, -1, False)
         self._asking: tuple[Chosen, Policy] | None = None
+        self._try_policies_of_stages()
         # Nothing was written so far: a wrong path or setting must not leave half a run behind.
         self._record_sources(fresh, new)
         for given in self._inputs.take_new():
@@ -574,6 +575,20 @@ class Scheduler:
         policy = open_policy(self.config, self._context, kind, options, initial)
         check_horizon(self.config, policy.uses_feedback)
         return policy
+
+    def _try_policies_of_stages(self) -> None:
+        """Raise ConfigError for a policy that a later stage could not be given; what it asks of the data is measured
+        now."""
+        for number, stage in enumerate(self.config.stages):
+            if stage.policy is not None:
+                kind, options = policy_of(self.config, number).values()
+                try:
+                    self._made_policy(kind, options, weights_of(self.config, number))
+                except ConfigError as error:
+                    said = str(error)
+                    for key in ("kind", "options"):
+                        said = said.replace(f"data.policy.{key}", f"stages.{number}.policy.{key}")
+                    raise ConfigError(said) from None
 
     def _feedback_for(self, step: int) -> list[Feedback]:
         """Reports up to step − horizon that the policy has not heard yet; waits for them while training catches up."""

@@ -31,7 +31,7 @@ from data_scheduler.order import Int64
 from data_scheduler.policies.context import SourceSize
 from data_scheduler.progress import Task
 from data_scheduler.source import SourceReader
-from data_scheduler.stages import Turn, turns
+from data_scheduler.stages import Turn, policy_of, turns
 from data_scheduler.timeline import Timeline
 from data_scheduler.token_estimate import TokenEstimate, estimate_tokens
 from data_scheduler.unit_cache import UnitCache
@@ -263,7 +263,7 @@ def simulate(
         steps=sums.steps,
         steps_asked=steps,
         shapes=[turn for turn in turns(config, steps, Timeline()) if turn.step < steps],
-        policy=config.policy.kind,
+        policy=_policies(config),
         losses=losses.said if run.listens else None,
         most_owed=sums.most_owed / ONE,
         sources=[_outcome(run, number, volume, sums, at, asked) for number, volume in enumerate(volumes)],
@@ -354,20 +354,26 @@ def _end(run: DryRun, number: int, at: Int64, asked: Floats) -> End | None:
     return End(cap.max_epochs, cap.reported, cap.step, to)
 
 
+def _policies(config: DataConfig) -> str:
+    """The policies of a run, in the order of their stages."""
+    kinds = [policy_of(config, stage)["kind"] for stage in (None, *range(len(config.stages)))]
+    return ", then ".join(kind for kind, _ in itertools.groupby(kinds))
+
+
 def _notes(run: DryRun, losses: AssumedLosses, volumes: Sequence[Volume], steps: int) -> list[str]:
     said = [
         "shares, sequences and tokens are exact as long as no source is through; epochs, and when one is through, rest "
         "on an estimate of the tokens that it holds (± two standard errors)"
     ]
     if run.listens:
-        said.append(f"policy {run.config.policy.kind!r} listens to losses; it was told {losses.said}")
+        said.append(f"policy {_policies(run.config)!r} listens to losses; it was told {losses.said}")
         if isinstance(losses, RecordedLosses):
             if losses.unknown:
                 said.append(f"no loss was recorded of {', '.join(losses.unknown)}: told the mean of the others'")
             if losses.last < steps - 1:
                 said.append(f"the losses end at step {losses.last:,}; the last ones hold from there on")
     elif isinstance(losses, RecordedLosses):
-        said.append(f"policy {run.config.policy.kind!r} does not listen to losses; those given change nothing")
+        said.append(f"policy {_policies(run.config)!r} does not listen to losses; those given change nothing")
     said += [
         f"{volume.estimate.source}: {volume.estimate.why}; its epochs are not known"
         for volume in volumes

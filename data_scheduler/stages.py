@@ -124,6 +124,12 @@ def weights_of(config: "DataConfig", stage: int | None, joined: Mapping[str, flo
     return {source.name: given[-1].get(source.name, (joined or {}).get(source.name, 0.0)) for source in config.sources}
 
 
+def policy_of(config: "DataConfig", stage: int | None) -> dict[str, Any]:
+    """{"kind", "options"} of the configured policy in a stage; None: before the first."""
+    given = [each.policy for each in config.stages[: 0 if stage is None else stage + 1] if each.policy is not None]
+    return (given[-1] if given else config.policy).model_dump(mode="json", include={"kind", "options"})
+
+
 def configured_events(
     config: "DataConfig", run_steps: int | None, plan: "Plan", step: int
 ) -> Iterator[tuple["Kind", int, dict[str, Any]]]:
@@ -135,11 +141,9 @@ def configured_events(
     known = plan.shape.at(step) == ahead[0].data
     yield from (("stage", turn.step, turn.data) for turn in (ahead[1:] if known else ahead))
     joined = {name: weight for name, (_, weight) in plan.added.items()}
-    policy = config.model_dump(mode="json", include={"policy"})["policy"]
     before = plan.configured(step)
     for turn in ahead:
-        weights = weights_of(config, turn.stage, joined)
-        configured = {"kind": policy["kind"], "options": policy["options"], "weights": weights}
+        configured = policy_of(config, turn.stage) | {"weights": weights_of(config, turn.stage, joined)}
         if configured != before:
             yield "policy", turn.step, configured if turn.stage is None else configured | {"stage": turn.stage}
         before = configured
@@ -192,7 +196,7 @@ def check_stages(config: "DataConfig") -> None:
         if stage.unit != first.unit:
             raise ValueError(f"{where}.{stage.unit}: all stages begin in the same unit; the first has {first.unit}")
         if stage.weights is not None:
-            _check_weights(stage.weights, names, f"{where}.weights", config.policy.kind)
+            _check_weights(stage.weights, names, f"{where}.weights", policy_of(config, number)["kind"])
     for number, (stage, after) in enumerate(pairwise(config.stages), 1):
         if not after.begin > stage.begin:
             raise ValueError(f"stages.{number}.{after.unit}: {after.begin:g} does not come after {stage.begin:g}")

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from parallel import accelerator
 from parallel.context_parallel import Share, gather_keys, heads_to_tokens, tokens_to_heads
 from parallel.engine import MegatronModule, PackedSeqParams
+from parallel.rope_scaling import RopeScaling
 from parallel.rotary import rotary_table, rotate
 
 
@@ -54,12 +55,13 @@ def pack_documents(
     rope_base: float,
     dtype: torch.dtype,
     share: Share | None = None,
+    rope_scaling: RopeScaling | None = None,
 ) -> PackedDocuments:
     """What attention needs of the documents that end at `cu_seqlens[1:]` (int32[documents + 1], on the CPU).
 
     `position_ids` (int64[local tokens]) are positions within documents, below `max_position`; they are on the device.
     """
-    cos, sin = rotary_table(max_position, head_size, rope_base, dtype, position_ids.device)
+    cos, sin = rotary_table(max_position, head_size, rope_base, dtype, position_ids.device, rope_scaling)
     lengths: list[int] = torch.diff(cu_seqlens).tolist()
     query_lengths, key_lengths = (share.query_lengths, share.key_lengths) if share else (lengths, lengths)
     query_starts = key_starts = _starts(query_lengths, position_ids.device)

@@ -63,6 +63,24 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 600.0) -> Ranks:
         for name, default in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
             os.environ.setdefault(name, default)
         dist.init_process_group(accelerator.backend(), rank=rank, world_size=world_size, timeout=timeout)
+    return _build_groups(layout, rank, seed, timeout_s)
+
+
+def rearrange(layout: Layout, seed: int, timeout_s: float = 600.0) -> Ranks:
+    """Leave the groups of the layout so far and build those of another one, of as many processes; every process must.
+
+    Nothing may be left that uses the old groups. The group of all processes stays, so that no port is opened anew.
+    """
+    dist.barrier()
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    _forget_groups()
+    for group in groups:
+        dist.destroy_process_group(group)
+    return _build_groups(layout, dist.get_rank(), seed, timeout_s)
+
+
+def _build_groups(layout: Layout, rank: int, seed: int, timeout_s: float) -> Ranks:
+    """megatron's groups among the processes that have joined, and this one's place in them."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_parallel_size,
@@ -77,7 +95,7 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 600.0) -> Ranks:
     pp, dp, cp, tp = layout.coordinates(rank)
     ranks = Ranks(
         rank=rank,
-        world_size=world_size,
+        world_size=layout.world_size,
         dp_rank=dp,
         dp_size=layout.data_parallel_size,
         tp_rank=tp,
@@ -101,11 +119,15 @@ def shutdown() -> None:
     if not dist.is_initialized():
         return
     dist.barrier()
+    _forget_groups()
+    dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
     parallel_state.destroy_model_parallel()
     # Left behind by the line above (megatron-core 0.16.1); it would keep the group's threads, and the group of the next
     # `initialize` would end them at a moment of its own.
     parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
-    dist.destroy_process_group()
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -10,15 +10,29 @@ from typing import Any
 
 import torch
 
+from parallel.rope_scaling import RopeScaling, attention_factor, scaled_frequencies
+
 
 @functools.lru_cache(maxsize=8)
 def rotary_table(
-    length: int, head_size: int, base: float, dtype: torch.dtype, device: torch.device
+    length: int,
+    head_size: int,
+    base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    scaling: RopeScaling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of positions 0..length-1, each `dtype[length, head_size / 2]`; angles are computed in fp32."""
-    frequencies = base ** -(torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
+    """Cosines and sines of positions 0..length-1, each `dtype[length, head_size / 2]`; angles are computed in fp32.
+
+    With `scaling` of other frequencies, and under YaRN larger than 1.
+    """
+    if scaling is None:
+        frequencies = base ** -(torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
+    else:
+        frequencies = scaled_frequencies(base, head_size, scaling, device)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    size = 1.0 if scaling is None else attention_factor(scaling)
+    return (angles.cos() * size).to(dtype), (angles.sin() * size).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

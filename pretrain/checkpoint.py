@@ -32,6 +32,7 @@ from parallel.engine import dist_checkpointing, parallel_state
 from parallel.layout import Layout
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
+from pretrain.config.rope import RopeScalingConfig
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import gather_weights
 from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
@@ -186,12 +187,22 @@ def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
             )
 
 
+def model_of_stage(model: ModelConfig, meta: Mapping[str, Any]) -> ModelConfig:
+    """`model` with the rotary embedding of the stage in which a checkpoint's weights were trained; a checkpoint that
+    was converted has none."""
+    stage = meta.get("stage", {})
+    scaling = stage.get("rope_scaling", model.rope_scaling)
+    if isinstance(scaling, Mapping):
+        scaling = RopeScalingConfig.model_validate(scaling)
+    return model.model_copy(update={"rope_base": stage.get("rope_base", model.rope_base), "rope_scaling": scaling})
+
+
 def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict[str, Any]:
     """What makes two models the same for a checkpoint: shapes, not losses or initialization.
 
     `vocab_size` is the padded one, `precision` that of the weights.
     """
-    free = {"preset", "init_std", "z_loss", "max_z_loss", "rope_base", "norm_eps", "vocab_size"}
+    free = {"preset", "init_std", "z_loss", "max_z_loss", "rope_base", "rope_scaling", "norm_eps", "vocab_size"}
     model = {key: value for key, value in config.model_dump().items() if key not in free}
     if config.hidden_size == config.num_attention_heads * head_size(config):
         model["head_size"] = None  # the same heads, said or not
@@ -240,13 +251,17 @@ def _write(partial: Path, state: TrainState) -> None:
 
 def _finish(partial: Path, final: Path, state: TrainState, data_state: Mapping[str, Any], progress: Progress) -> None:
     save_state(partial / "data_state.npz", data_state)
+    scaling = state.stage.rope_scaling
     meta = {
         "version": __version__,
         "step": progress.step,
         "tokens": progress.tokens,
         "layout": asdict(state.layout),
         "model": _identity(state),
-        "stage": {key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
+        "stage": {
+            **{key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
+            "rope_scaling": scaling and scaling.model_dump(),
+        },
         "config": state.config.model_dump(mode="json"),
     }
     publish(partial, final, meta)

@@ -15,8 +15,9 @@ from data_scheduler.encoder import load_encoder
 from data_scheduler.paths import is_url
 from data_scheduler.stages import turns
 from data_scheduler.timeline import Timeline
-from parallel.layout import Layout, validate
+from parallel.layout import Layout
 from pretrain.config import RunConfig
+from pretrain.layouts import layouts_ahead
 from pretrain.learning_rate import learning_rate
 from pretrain.models.memory import Batch, Kernels, StageMemory, memory_by_stage
 from pretrain.models.sizes import (
@@ -25,7 +26,6 @@ from pretrain.models.sizes import (
     embedding_parameters,
     flops_per_token,
     head_size,
-    layout_shape,
     query_groups,
 )
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
@@ -43,12 +43,11 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
     model, train = config.model, config.train
     missing = list(_missing_data(config))
     tokens = _tokenizer_size(config, missing)
-    layout = Layout(world_size, **config.parallel.model_dump())
     known = model.vocab_size is not None or tokens is not None
     vocab_size = padded_vocab_size(config, tokens or 1)
     if tokens is not None:
         check_vocabulary(vocab_size, tokens)
-    validate(layout, layout_shape(config, vocab_size))
+    layout = layouts_ahead(config, world_size, vocab_size)[0]
     if not known:
         vocab_size = 0  # what the embedding and the logits need cannot be said
         missing.append("vocabulary: not known without the tokenizer; embedding and logits are not counted")

@@ -5,6 +5,7 @@ The run folder holds all there is:
     config.yaml  journal.jsonl  metrics.jsonl  rejects.jsonl  checkpoints/  control/  data_state/  log/
 """
 
+import gc
 import signal
 import sys
 import time
@@ -23,21 +24,21 @@ from data_scheduler.stages import tokens_before
 from data_scheduler.state import LANE_ARRAYS, Snapshots
 from headrace.errors import CheckpointError, ExitCode
 from parallel import accelerator, exchange, process_groups
-from parallel.layout import Layout, validate
+from parallel.layout import Layout
 from pretrain import checkpoint
 from pretrain.config import RunConfig, dump_config
 from pretrain.control.desk import Stand
 from pretrain.control.live import Live, setting, with_live_sources
 from pretrain.evaluate import HeldOut
+from pretrain.layouts import layout_from, layouts_ahead
 from pretrain.learning_rate import learning_rate
 from pretrain.loss import FIXED_POINT
 from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
-from pretrain.models.sizes import layout_shape
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
 from pretrain.selection.selection import open_selection, selection_record
-from pretrain.stages import settings_of
+from pretrain.stages import parallel_of, settings_of
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -55,7 +56,7 @@ def train(config: RunConfig) -> ExitCode:
     layout = layout_of(config, process_groups.environment_world_size())
     ranks = process_groups.initialize(layout, config.train.seed)
     try:
-        code = Run(config, layout, ranks).go()
+        code = _through_all_layouts(config, layout, ranks)
     except RuntimeError as error:
         if not process_groups.is_lost_peer(error):
             raise
@@ -67,11 +68,23 @@ def train(config: RunConfig) -> ExitCode:
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
-    """The configured layout on `world_size` processes; raises LayoutError when it does not fit the run."""
-    layout = Layout(world_size, **config.parallel.model_dump(exclude={"reduce_gradients"}))
+    """The layout on `world_size` processes that the run goes on with; raises LayoutError when this one, or that of a
+    later stage, does not fit the run."""
     # A vocabulary that is not configured is padded to fit any layout.
-    validate(layout, layout_shape(config, padded_vocab_size(config, 1)))
-    return layout
+    return layouts_ahead(config, world_size, padded_vocab_size(config, 1))[0]
+
+
+def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_groups.Ranks) -> ExitCode:
+    """A run, and where a stage has another layout the rest of it anew from the checkpoint that was just saved."""
+    while True:
+        run = Run(config, layout, ranks)
+        code = run.go()
+        if run.next_layout is None:
+            return code
+        config, layout = run.config, run.next_layout
+        del run  # the model of the old layout, and all that uses its groups
+        gc.collect()
+        ranks = process_groups.rearrange(layout, config.train.seed)
 
 
 class Run:
@@ -97,6 +110,8 @@ class Run:
         self._seen_rejects: set[tuple[str, str, str]] = set()
         self._stop_asked = False
         self._saved_at = -1
+        self.next_layout: Layout | None = None
+        """What the run goes on with when `go` has ended because a stage begins that has another layout."""
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -128,7 +143,7 @@ class Run:
         """Step until the end, or until asked to stop."""
         steps, every = self.config.train.steps, self.config.checkpoint.every
         stop, halt = self._between_steps(progress), False
-        while self.done.step < steps and not stop and not halt:
+        while self.done.step < steps and not stop and not halt and self.next_layout is None:
             self._step(sinks, progress)
             at = self.done.step
             due = self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every))
@@ -138,8 +153,13 @@ class Run:
                 self._save(progress)  # before a pause that may last for hours
             stop = self._between_steps(progress)
             halt = setting(self.scheduler, "stop_at", -1) == at
-        if stop or halt:
+            if not stop and not halt and at < steps:
+                self.next_layout = self._other_layout(at)
+        if stop or halt or self.next_layout is not None:
             self._save(progress)
+        if self.next_layout is not None:
+            self._tell(progress, f"stage begins at step {self.done.step} in another layout: {self.next_layout}")
+            return ExitCode.RECOVERABLE
         if stop and self.done.step < steps:
             where = f"saved at step {self.done.step}" if self.done.step else "nothing was done yet"
             self._tell(progress, f"asked to stop: {where}; the same command goes on from there")
@@ -148,6 +168,12 @@ class Run:
             self._tell(progress, f"stop-at: saved at step {self.done.step}; the same command goes on from there")
         self.live.over = f"the run has ended at step {self.done.step}"
         return ExitCode.DONE
+
+    def _other_layout(self, step: int) -> Layout | None:
+        """The layout of `step`, where it is another than the one at hand."""
+        parallel = parallel_of(self.config, self.scheduler.plan.shape.at(step).get("stage"))
+        layout = layout_from(parallel, self.layout.world_size)
+        return None if layout == self.layout else layout
 
     def _between_steps(self, progress: Progress) -> bool:
         """Carry out what people asked, and wait while they want a pause; True when asked to stop."""
@@ -189,10 +215,11 @@ class Run:
         began = time.perf_counter()
         scale = setting(self.scheduler, "lr_scale", 1.0)
         batch = next(self.scheduler)
-        stage = self.state.stage = settings_of(self.config, self.scheduler.plan.shape.at(batch.step))
+        shape = self.scheduler.plan.shape
+        stage = self.state.stage = settings_of(self.config, shape.at(batch.step))
         size = stage.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
-        lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * stage.lr_scale * scale
+        lr = learning_rate(self.config, shape, batch.step) * stage.lr_scale * scale
         if self.selection is None:
             result = train_step(self.state, microbatches, lr)
         else:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from parallel import process_groups
 from parallel.engine import (
     DistributedDataParallel,
@@ -96,8 +98,11 @@ def gather_weights(wrapped: Sequence[Any]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, bool]:
+def update(
+    optimizer: Any, config: OptimizerConfig, lr: float, frozen: Sequence[torch.Tensor] = ()
+) -> tuple[float, bool]:
     """Clip the gradients and apply them at `lr`: (gradient norm before clipping, whether the update was skipped).
+    `frozen` (see `pretrain.trainable`) count in no norm and stay as they are.
 
     A gradient that is infinite or not a number would destroy the weights, so it is skipped and the weights stay as they
     are; every rank sees the same norm and so decides the same.
@@ -106,6 +111,8 @@ def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, b
         group["lr"] = lr
         group["weight_decay"] = config.weight_decay * group["wd_mult"]  # 0 for norms and biases
     optimizer.prepare_grads()
+    for parameter in frozen:
+        parameter.grad = None  # such a parameter is passed over by the norm, by clipping and by Adam
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
         return grad_norm, True

@@ -22,7 +22,9 @@ from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, update
+from pretrain.rope import rope_scaling
 from pretrain.stages import StageSettings, first_settings
+from pretrain.trainable import check_trainable, frozen
 
 
 @dataclass
@@ -92,6 +94,7 @@ def build_state(
         train.seed,
         config.kernels,
     )
+    check_trainable(config, chunks)
     once = config.parallel.reduce_gradients == "step"
     optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision, once)
     sources = len(config.data.sources) if num_sources is None else num_sources
@@ -105,7 +108,8 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False)
-    grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr)
+    still = frozen(state.chunks, state.optimizer, state.stage.trainable)
+    grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still)
     loss = float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
     return StepResult(loss, grad_norm, loss_sums, tokens, skipped)
 
@@ -211,6 +215,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             state.stage.rope_base,
             DTYPES[state.config.train.precision],
             share,
+            rope_scaling(state.stage.rope_scaling),
         ),
         tokens=tokens,
     )

@@ -1,13 +1,8 @@
 """One measured process: `python -m loading.child '<spec as JSON>'`, the result as JSON on the last line it prints.
 
 An arm is a function (spec, split, kept) → iterator of tokens delivered per batch. It is called twice: on the warm
-<<<<<<< HEAD
 split, so that code, allocator and the tokenizer's caches are warm, with other documents than those measured; then on
 the main split, read from its first byte on. `kept` is a dict for what a user would make once, such as a tokenizer.
-=======
-split, other documents, so that code, allocator and tokenizer caches are warm; then on the main split, from its first
-byte on. `kept` is a dict for what a user would make once, such as a tokenizer.
->>>>>>> h3
 
 CPU seconds are user + system, of all threads and of child processes, from before the first batch is asked for until
 the last of the wanted tokens is there. Making the loader is counted apart (`setup_cpu_s`).

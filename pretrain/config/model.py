@@ -8,6 +8,7 @@ from pydantic import ConfigDict, model_validator
 
 from data_scheduler.config import StrictModel
 from pretrain.config.numbers import NonNegativeFloat, Positive, PositiveFloat
+from pretrain.config.rope import RopeScalingConfig
 
 
 def _preset_or_all(schema: dict[str, Any]) -> None:
@@ -41,6 +42,8 @@ class ModelConfig(StrictModel):
     """Rows of the embedding; the tokenizer's size rounded up to a multiple of 128 when not given."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary embedding's frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretches these frequencies, for a model that was trained with shorter sequences."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every norm."""
     qk_norm: bool | None = None

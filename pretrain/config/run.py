@@ -6,8 +6,10 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from data_scheduler.config import DataConfig, Stage, StrictModel, with_stages
+from pretrain.config.learning_rate import LearningRateConfig, LearningRateSegment, check_schedule
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
+from pretrain.config.rope import RopeScalingConfig
 from pretrain.config.services import ControlConfig, MetricsConfig
 from pretrain.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
@@ -27,10 +29,19 @@ class RunStage(Stage):
 
     rope_base: PositiveFloat | None = None
     """`model.rope_base` from here on."""
+    rope_scaling: RopeScalingConfig | None = None
+    """`model.rope_scaling` from here on."""
     micro_batch_size: Positive | None = None
     """`train.micro_batch_size` from here on: fewer sequences at once, where they are longer."""
     lr_scale: PositiveFloat | None = None
     """Factor of the learning rate from here on."""
+    parallel: ParallelConfig | None = None
+    """The whole `parallel` section from here on, of as many processes: the run saves, and goes on in the new layout."""
+    trainable: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Update only parameters whose names match one of these patterns, e.g. `decoder.layers.*.mlp.*` or `embedding*`;
+    the others stay as they are. `["*"]`: all again."""
+    learning_rate: LearningRateSegment | None = None
+    """A schedule of its own, from here to the next stage that has one."""
 
 
 class RunConfig(StrictModel):
@@ -59,6 +70,27 @@ class RunConfig(StrictModel):
         except ValidationError:
             return raw  # to be named once, under `stages`
         return {**raw, "data": with_stages(raw)}
+
+    @model_validator(mode="after")
+    def _layouts_share_their_checkpoints(self) -> "RunConfig":
+        own = self.parallel.distributed_optimizer
+        for number, stage in enumerate(self.stages):
+            if stage.parallel is not None and stage.parallel.distributed_optimizer != own:
+                raise ValueError(
+                    f"stages.{number}.parallel.distributed_optimizer: a run keeps this setting for life; give "
+                    f"{str(own).lower()}, as in parallel"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_make_sense(self) -> "RunConfig":
+        schedule: LearningRateConfig = self.optimizer
+        check_schedule(schedule, "optimizer")
+        for number, stage in enumerate(self.stages):
+            if stage.learning_rate is not None:
+                schedule = stage.learning_rate.after(schedule)
+                check_schedule(schedule, f"stages.{number}.learning_rate")
+        return self
 
 
 _STAGES = TypeAdapter(list[RunStage])

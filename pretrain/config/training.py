@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from data_scheduler.config import StrictModel
+from pretrain.config.learning_rate import LearningRateConfig
 from pretrain.config.numbers import NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 
@@ -45,14 +46,10 @@ class TrainConfig(StrictModel):
     """CPU threads per process; 0 leaves torch's own choice."""
 
 
-class OptimizerConfig(StrictModel):
+class OptimizerConfig(LearningRateConfig):
     """AdamW and its learning-rate schedule."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
-    min_lr: NonNegativeFloat = 3e-5
-    """Learning rate at the end of the decay."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     eps: PositiveFloat = 1e-8
@@ -60,13 +57,6 @@ class OptimizerConfig(StrictModel):
     """Applied to matrices; norms and biases are not decayed."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient-norm limit; 0 switches clipping off."""
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """Shape after the warm-up; `wsd` holds the peak and decays over the last `decay_steps` steps."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from 0."""
-    decay_steps: NonNegative | None = None
-    """`cosine`, `linear`: step at which min_lr is reached (default: the run's end). `wsd`: length of the final decay
-    (default: a tenth of the run)."""
 
 
 class ParallelConfig(StrictModel):

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from data_scheduler.encoder import Encoder
 from headrace.errors import ConfigError
 from pretrain.config import ModelConfig
+from pretrain.convert.rope import rope_from_hf, rope_to_hf
 from pretrain.models.sizes import FAMILIES, has_qk_norm, head_size, query_groups
 
 Family = Literal["llama", "qwen3"]
@@ -60,7 +61,7 @@ def to_hf_config(
         "max_position_embeddings": seq_len,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_base,
+        **rope_to_hf(model),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -107,7 +108,7 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             head_size=None if head_dim * heads == hidden else head_dim,
             ffn_hidden_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
-            rope_base=_rope_base(config, where),
+            **rope_from_hf(config, where),
             norm_eps=config["rms_norm_eps"],
             tie_embeddings=config["tie_word_embeddings"],
             init_std=config["initializer_range"],
@@ -125,14 +126,3 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
     known = " and ".join(ARCHITECTURES.values())
     found = ", ".join(architectures) if isinstance(architectures, list) and architectures else f"model_type {kind!r}"
     raise ConfigError(f"{where}: {found} cannot be converted; {known} can")
-
-
-def _rope_base(config: Mapping[str, Any], where: str) -> Any:
-    """`rope_theta`, wherever it is. Scaled and partial rotary embeddings are refused."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the order of transformers 5
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if kind != "default" or partial not in (None, 1):
-        what = f"rope scaling {kind!r}" if kind != "default" else f"partial_rotary_factor {partial!r}"
-        raise ConfigError(f"{where}: {what} is not supported; only the plain rotary embedding is")
-    return rope.get("rope_theta", config.get("rope_theta", 10000.0))

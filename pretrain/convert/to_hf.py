@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from headrace.errors import CheckpointError, ConfigError
-from pretrain.checkpoint import Checkpoints, read_meta
+from pretrain.checkpoint import Checkpoints, model_of_stage, read_meta
 from pretrain.config import ModelConfig
 from pretrain.convert.architecture import hf_family, to_hf_config
 from pretrain.convert.native import NativeReader
@@ -36,10 +36,8 @@ def to_hf(
     out = _check_target(out, force)
     meta = read_meta(checkpoint)
     model, vocab_size, config = _model(meta, checkpoint)
-    # Weights are of the stage they were trained in; a checkpoint that was converted itself has none.
-    stage = meta.get("stage", {})
-    model = model.model_copy(update={"rope_base": stage.get("rope_base", model.rope_base)})
-    seq_len = stage.get("seq_len", config["data"]["seq_len"])
+    model = model_of_stage(model, meta)
+    seq_len = meta.get("stage", {}).get("seq_len", config["data"]["seq_len"])
     hf_family(model)
     tokenizer = _tokenizer_path(config, tokenizer)
     encoder = load_tokenizer(tokenizer, vocab_size)

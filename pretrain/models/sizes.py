@@ -8,8 +8,8 @@ last norm that is 106,816 parameters.
 from typing import NamedTuple
 
 from parallel.layout import BatchShape, Shape
-from pretrain.config import ModelConfig, RunConfig
-from pretrain.stages import batches_ahead, settings_of
+from pretrain.config import ModelConfig, ParallelConfig, RunConfig
+from pretrain.stages import StageSettings, batches_ahead, parallel_of, settings_of
 
 
 class Family(NamedTuple):
@@ -88,9 +88,24 @@ def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple
 
 
 def layout_shape(config: RunConfig, vocab_size: int) -> Shape:
-    """The numbers of a run that its layout has to divide, from its newest checkpoint on."""
+    """The numbers of a run that its layout has to divide, from its newest checkpoint on to where the layout changes."""
+    return layout_shapes(config, vocab_size)[0][2]
+
+
+def layout_shapes(config: RunConfig, vocab_size: int) -> list[tuple[int | None, ParallelConfig, Shape]]:
+    """(stage it begins with, how the model is spread, numbers that this has to divide) of each stretch of a run with
+    one layout, from its newest checkpoint on."""
+    stretches: list[tuple[int | None, ParallelConfig, list[StageSettings]]] = []
+    for turn in batches_ahead(config):
+        parallel = parallel_of(config, turn.stage)
+        if not stretches or stretches[-1][1] != parallel:
+            stretches.append((turn.stage, parallel, []))
+        stretches[-1][2].append(settings_of(config, turn.data))
+    return [(stage, parallel, _shape(config, vocab_size, *batches)) for stage, parallel, batches in stretches]
+
+
+def _shape(config: RunConfig, vocab_size: int, now: StageSettings, *later: StageSettings) -> Shape:
     model = config.model
-    now, *later = (settings_of(config, turn.data) for turn in batches_ahead(config))
     batches = [BatchShape(f"stages.{s.number}", s.seq_len, s.global_batch_size, s.micro_batch_size) for s in later]
     if config.train.eval_sequences:
         batches.append(BatchShape("held-out data", config.data.seq_len, None, config.train.micro_batch_size))

@@ -1,5 +1,7 @@
 """How many rows the embedding has."""
 
+import math
+
 from headrace.errors import ConfigError
 from pretrain.config import RunConfig
 
@@ -11,7 +13,8 @@ def padded_vocab_size(config: RunConfig, tokens: int) -> int:
     """Embedding rows: the configured number, or the tokenizer's rounded up to VOCAB_MULTIPLE · tensor parallel size."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    multiple = VOCAB_MULTIPLE * config.parallel.tensor_parallel_size
+    stages = [stage.parallel for stage in config.stages if stage.parallel is not None]
+    multiple = VOCAB_MULTIPLE * math.lcm(*(each.tensor_parallel_size for each in (config.parallel, *stages)))
     return -(-tokens // multiple) * multiple
 
 

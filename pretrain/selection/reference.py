@@ -44,8 +44,8 @@ def load_reference(config: RunConfig, layout: Layout, ranks: Ranks, encoder: Enc
     for chunk in chunks:
         chunk.requires_grad_(False)
     # Its weights are of the stage they were trained in.
-    base = meta.get("stage", {}).get("rope_base", model.rope_base)
-    stage = first_settings(config)._replace(rope_base=base)
+    of_stage = checkpoint.model_of_stage(model, meta)
+    stage = first_settings(config)._replace(rope_base=of_stage.rope_base, rope_scaling=of_stage.rope_scaling)
     state = TrainState(chunks, list(chunks), None, own, layout, ranks, len(config.data.sources), stage)
     checkpoint.load_weights(folder, state)
     return state

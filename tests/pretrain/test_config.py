@@ -86,7 +86,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_what_is_dumped_reads_back_equal(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ["optimizer.lr=1.2345678901234567e-5", "optimizer.eps=1e-10", "run.name='1e5'"])
+    config = load_config(path, ["optimizer.lr=1.2345678901234567e-3", "optimizer.eps=1e-10", "run.name='1e5'"])
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
 

@@ -43,6 +43,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "heads wider than hidden": {"family": "qwen3", "head_size": 32},
     "llama with QK norm": {"family": "llama", "qk_norm": True},
     "bf16": {"family": "llama", "precision": "bf16"},
+    "yarn": {
+        "family": "llama",
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 8, "beta_fast": 4.0},
+    },
+    "ntk": {"family": "llama", "rope_scaling": {"kind": "ntk", "factor": 4.0}},
 }
 TEXT = "def convert(x): return (x + 1) * 2  # <|endoftext|> in the text is text"
 DOCUMENTS = {"one document": [0], "two documents": [0, 13]}

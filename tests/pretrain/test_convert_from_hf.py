@@ -78,8 +78,27 @@ def run_config(run_dir: Path, model: ModelConfig, data: DataConfig, **changes: A
         {"num_key_value_heads": 4, "rms_norm_eps": 1e-3},
         {"qwen3": True},
         {"qwen3": True, "head_dim": 24},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 700.0, "factor": 3.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 700.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 700.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
     ],
-    ids=["untied", "tied", "mha", "qwen3", "wide heads"],
+    ids=["untied", "tied", "mha", "qwen3", "wide heads", "linear", "llama3", "yarn"],
 )
 def test_a_random_model_computes_the_same_here(
     changes: dict[str, Any], tmp_path: Path, data_config: Callable[..., DataConfig]
@@ -207,11 +226,21 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], type[HeadraceError], str]] = {
     "no size": (config_with(hidden_size="64"), ConfigError, "hidden_size must be a whole number, got '64'"),
     "bad number": (config_with(rms_norm_eps=-1.0), ConfigError, r"norm_eps: .* got -1\.0"),
     "rope scaling": (
+        config_with(rope_scaling={"rope_type": "longrope", "factor": 8.0}),
+        ConfigError,
+        "rope scaling 'longrope' is not supported; linear, yarn, llama3 are",
+    ),
+    "half a rope scaling": (
         config_with(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
         ConfigError,
-        "rope scaling 'llama3' is not supported",
+        "rope scaling 'llama3': kind llama3 needs original_seq_len",
     ),
-    "old rope scaling": (config_with(rope_scaling={"type": "linear", "factor": 2}), ConfigError, "scaling 'linear'"),
+    "other rope scaling": (
+        config_with(rope_scaling={"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}),
+        ConfigError,
+        "rope scaling 'yarn' with mscale is not supported",
+    ),
+    "old rope scaling": (config_with(rope_scaling={"type": "dynamic", "factor": 2}), ConfigError, "scaling 'dynamic'"),
     "partial rope": (config_with(partial_rotary_factor=0.5), ConfigError, "partial_rotary_factor"),
     "wrong shape": (
         config_with(intermediate_size=100),

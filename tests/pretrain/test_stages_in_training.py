@@ -32,10 +32,17 @@ from pretrain.step import build_state
 
 STEPS = 12
 Make = Callable[..., RunConfig]
+YARN: dict[str, Any] = {"kind": "yarn", "factor": 4.0, "original_seq_len": 32, "beta_fast": 4.0}
 STAGES: list[dict[str, Any]] = [
     {"from_step": 3, "seq_len": 64, "rope_base": 500.0, "micro_batch_size": 1},
-    {"from_step": 6, "global_batch_size": 16, "lr_scale": 0.5},
-    {"from_step": 9, "seq_len": 48, "rope_base": 100.0, "weights": {"a": 1.0, "d": 1.0}},
+    {"from_step": 6, "global_batch_size": 16, "lr_scale": 0.5, "rope_scaling": YARN},
+    {
+        "from_step": 9,
+        "seq_len": 48,
+        "rope_base": 100.0,
+        "weights": {"a": 1.0, "d": 1.0},
+        "learning_rate": {"lr": 4e-3, "schedule": "constant"},
+    },
 ]
 SHAPES = [(32, 8)] * 3 + [(64, 8)] * 3 + [(64, 16)] * 3 + [(48, 16)] * 3
 
@@ -126,15 +133,15 @@ def test_stages_are_what_changing_the_configuration_at_their_steps_is(run_config
     for until, changes in (
         (3, {}),
         (6, {"data__seq_len": 64, "model__rope_base": 500.0, "train__micro_batch_size": 1}),
-        (9, {"data__global_batch_size": 16, "optimizer__lr": 5e-3}),
-        (12, {"data__seq_len": 48, "model__rope_base": 100.0, "data__sources": curated}),
+        (9, {"data__global_batch_size": 16, "optimizer__lr": 5e-3, "model__rope_scaling": YARN}),
+        (12, {"data__seq_len": 48, "model__rope_base": 100.0, "data__sources": curated, "optimizer__lr": 2e-3}),
     ):
         by_hand |= changes
         run_to_end(run_config("by hand", **by_hand, train__steps=until))
     assert_same_run(staged, run_config("by hand"))
     records = training(staged)
     assert [(record["seq_len"], record["global_batch_size"]) for record in records] == SHAPES
-    assert [record["lr"] for record in records] == [5e-3] + [1e-2] * 5 + [5e-3] * 6
+    assert [record["lr"] for record in records] == [5e-3] + [1e-2] * 5 + [5e-3] * 3 + [2e-3] * 3
     # Exact counts: what the model was given, and below it what of that was a target.
     given = [sum(length * size for length, size in SHAPES[: step + 1]) for step in range(STEPS)]
     assert [record["input_tokens"] for record in records] == given
@@ -173,8 +180,9 @@ def test_a_checkpoint_is_converted_as_the_stage_it_was_trained_in(staged: RunCon
     for step in (3, 6, 9, 12):
         folder = to_hf(Path(staged.run.dir), step, tmp_path / f"hf-{step}")
         written = json.loads((folder / "config.json").read_text())
-        found[step] = written["rope_theta"], written["max_position_embeddings"]
-    assert found == {3: (10000.0, 32), 6: (500.0, 64), 9: (500.0, 64), 12: (100.0, 48)}
+        scaling = written.get("rope_scaling", {}).get("rope_type")
+        found[step] = written["rope_theta"], written["max_position_embeddings"], scaling
+    assert found == {3: (10000.0, 32, None), 6: (500.0, 64, None), 9: (500.0, 64, "yarn"), 12: (100.0, 48, "yarn")}
 
 
 def go(config: RunConfig) -> int:
@@ -275,3 +283,54 @@ def test_mistakes_in_stages_are_named_once(run_config: Make, stage: dict[str, An
         run_config("run", stages=[stage])
     assert message in str(caught.value)
     assert len(str(caught.value).split(";")) == 1 + message.count(";")
+
+
+@pytest.mark.multiprocess
+def test_a_stage_may_go_on_in_another_layout(run_config: Make, staged: RunConfig, tmp_path: Path) -> None:
+    """Data parallel, then tensor parallel, then pipeline parallel, in the same two processes."""
+    layouts: list[dict[str, Any]] = [
+        {"tensor_parallel_size": 2, "sequence_parallel": True},
+        {},
+        {"pipeline_parallel_size": 2},
+    ]
+    rows = checkpoint.read_meta(checkpoint.Checkpoints(staged.run.dir).path(STEPS))["model"]["vocab_size"]
+    stages = [stage | {"parallel": parallel} for stage, parallel in zip(STAGES, layouts, strict=True)]
+    changes = {
+        "train__eval_sequences": 2,
+        "train__eval_every": 4,
+        "checkpoint__keep_last": 0,
+        "model__vocab_size": rows,
+    }
+    config = run_config("moving", stages=stages, **changes)
+    assert run_ranks(2, go, config, timeout_s=240) == [0, 0]
+    for record, expected in zip(curve(config), curve(staged), strict=True):
+        assert record["step"] == expected["step"]
+        if "val_loss" in record:
+            assert record["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+            continue
+        for key in ("batch_sha256", "tokens", "input_tokens", "seq_len", "global_batch_size", "lr"):
+            assert record[key] == expected[key]
+        for key in ("loss", "grad_norm"):
+            assert record[key] == pytest.approx(expected[key], rel=1e-5 if key == "loss" else 1e-4)
+    saved = [
+        checkpoint.read_meta(checkpoint.Checkpoints(config.run.dir).path(step))["layout"] for step in (3, 6, 9, 12)
+    ]
+    sizes = [(meta["tensor_parallel_size"], meta["pipeline_parallel_size"]) for meta in saved]
+    assert sizes == [(1, 1), (2, 1), (1, 1), (1, 2)]
+    # The run is over, and only the last layout is still ahead: of one process, it would be refused.
+    with pytest.raises(LayoutError, match="1 processes cannot be split into"):
+        checked_config(Path(config.run.dir) / "config.yaml", [], 1)
+
+
+def test_layouts_of_later_stages_are_checked_at_the_start(run_config: Make, tmp_path: Path) -> None:
+    stages = [{"from_step": 2, "parallel": {"tensor_parallel_size": 4}}]
+    config = run_config("run", stages=stages)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    with pytest.raises(LayoutError) as caught:
+        checked_config(tmp_path / "run.yaml", [], 4)
+    assert str(caught.value).startswith("stages.0.parallel: ")
+    assert "num_query_groups 2 is not a multiple of tensor_parallel_size 4" in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"stages.0.parallel.distributed_optimizer: a run keeps this setting for life"
+    ):
+        run_config("run", stages=[{"from_step": 2, "parallel": {"distributed_optimizer": True}}])

@@ -1,0 +1,79 @@
+"""Trainable parts: which parameters a stage updates; the others are frozen.
+
+A frozen parameter has no gradient from the moment the gradients are complete: it counts in no norm, is not decayed and
+its moments stay as they are, so it is bit for bit what it was, under every layout. Its gradient is computed all the
+same, since megatron-core reduces gradients in flat buffers.
+
+    decoder.layers.3.mlp.linear_fc1.weight        names do not depend on the layout: layers count from 0 over the whole
+    embedding.word_embeddings.weight              model, and an output head that is tied to the embedding is called so
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from headrace.errors import ConfigError
+from parallel import process_groups
+from pretrain.config import RunConfig
+from pretrain.models.gpt import LanguageModel
+
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+MASTERS = (
+    ("model_fp32_groups", "shard_fp32_groups"),
+    ("model_float16_groups", "shard_fp32_from_float16_groups"),
+    ("float16_groups", "fp32_from_float16_groups"),
+)
+"""Attributes of megatron-core's optimizers: groups of parameters, and of what is updated in their place."""
+
+
+def named_parameters(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This process's parameters under the names that they have in every layout."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy
+            elif (layer := LAYER.match(name)) is not None:
+                number = chunk.decoder.layers[int(layer[1])].layer_number - 1
+                name = f"decoder.layers.{number}.{name[layer.end() :]}"
+            yield name, parameter
+
+
+def check_trainable(config: RunConfig, chunks: Sequence[LanguageModel]) -> None:
+    """Raise ConfigError, on every process, for a pattern in a stage's `trainable` that matches no parameter."""
+    if all(stage.trainable is None for stage in config.stages):
+        return
+    own = [name for name, _ in named_parameters(chunks)]
+    names = sorted({name for part in process_groups.gather_objects(own) for name in part})
+    for number, stage in enumerate(config.stages):
+        for pattern in stage.trainable or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"stages.{number}.trainable: {pattern!r} matches no parameter; there are e.g. "
+                    f"{names[0]}, {names[-1]} and {next(name for name in names if '.mlp.' in name)}"
+                )
+
+
+def frozen(chunks: Sequence[LanguageModel], optimizer: Any, trainable: Sequence[str] | None) -> list[torch.Tensor]:
+    """What the optimizer must leave alone on this process: what matches none of the patterns. None: nothing.
+
+    Adam's moments are made for them too, where there are none: a checkpoint holds those of all parameters.
+    """
+    if trainable is None:
+        return []
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)
+    updated = {
+        id(parameter): master
+        for part in optimizer.chained_optimizers
+        for models, masters in MASTERS
+        for group, shards in zip(getattr(part, models, ()), getattr(part, masters, ()), strict=False)
+        for parameter, master in zip(group, shards, strict=True)
+    }
+    return [
+        updated.get(id(parameter), parameter)
+        for name, parameter in named_parameters(chunks)
+        if not any(fnmatchcase(name, pattern) for pattern in trainable)
+    ]
