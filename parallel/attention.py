@@ -149,7 +149,16 @@ def _flash_attn(
 
     cu_seqlens, longest = documents.cu_seqlens_q, documents.max_seqlen_q
     out: torch.Tensor = flash_attn_varlen_func(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=True,
+        deterministic=accelerator.is_deterministic(),  # torch's own kernel asks torch itself
     )
     return out
 

@@ -31,6 +31,7 @@ from parallel import accelerator, exchange
 from parallel.engine import dist_checkpointing, parallel_state
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
+from pretrain.optimizer import restore
 from pretrain.step import TrainState
 
 FULL_BYTES = 1 << 20
@@ -128,7 +129,7 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     if weights_only:
         state.optimizer.reload_model_params()
         return Progress(meta["step"], meta["tokens"]), None
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    restore(state.optimizer, loaded["optimizer"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     if meta["layout"] == asdict(state.layout) and rng.is_file():
         try:
@@ -164,6 +165,8 @@ def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
             f"{path}: was saved with parallel.distributed_optimizer={str(sharded).lower()}; "
             "a run keeps this setting for life"
         )
+    if not meta.get("weights_only", False):
+        _check_optimizer(path, meta, state)
     converted = {"precision"} if meta.get("weights_only", False) else set()
     for key, value in _identity(state).items():
         if key not in converted and meta["model"].get(key) != value:
@@ -173,12 +176,30 @@ def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
             )
 
 
+def _check_optimizer(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
+    """Raise CheckpointError when the checkpoint's optimizer state is not what the run's optimizer needs."""
+    saved = meta.get("optimizer", {"kind": "adamw", "groups": []})  # no such entry: of a version that had AdamW alone
+    for key, value in _optimizer_identity(state).items():
+        if saved[key] != value:
+            raise CheckpointError(
+                f"{path}: was saved with optimizer.{key}={saved[key]!r}, the configuration has {value!r}; "
+                "a run keeps this setting for life"
+            )
+
+
+def _optimizer_identity(state: TrainState) -> dict[str, Any]:
+    """What decides which state the optimizer has, and in which groups."""
+    return state.config.optimizer.model_dump(mode="json", include={"kind", "groups"})
+
+
 def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict[str, Any]:
-    """What makes two models the same for a checkpoint: shapes, not losses or initialization.
+    """What makes two models the same for a checkpoint: shapes and, with muP, multipliers; not losses or initialization.
 
     `vocab_size` is the padded one, `precision` that of the weights.
     """
     free = {"init_std", "z_loss", "max_z_loss", "rope_base", "norm_eps", "vocab_size"}
+    if not config.mup:  # its keys then mean nothing, and older checkpoints lack them
+        free |= {"mup", "mup_base_hidden_size", "mup_base_head_size"}
     model = {key: value for key, value in config.model_dump().items() if key not in free}
     return model | {"vocab_size": vocab_size, "precision": precision}
 
@@ -231,6 +252,7 @@ def _finish(partial: Path, final: Path, state: TrainState, data_state: Mapping[s
         "tokens": progress.tokens,
         "layout": asdict(state.layout),
         "model": _identity(state),
+        "optimizer": _optimizer_identity(state),
         "stage": {key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
         "config": state.config.model_dump(mode="json"),
     }

@@ -60,5 +60,12 @@ class RunConfig(StrictModel):
             return raw  # to be named once, under `stages`
         return {**raw, "data": with_stages(raw)}
 
+    @model_validator(mode="after")
+    def _optimizer_fits_precision(self) -> "RunConfig":
+        if self.optimizer.kind == "muon" and self.train.precision == "fp16":
+            # Two optimizers would each keep a loss scale of their own.
+            raise ValueError("optimizer.kind: muon does not go with train.precision: fp16; use bf16 or fp32")
+        return self
+
 
 _STAGES = TypeAdapter(list[RunStage])

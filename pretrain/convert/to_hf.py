@@ -40,6 +40,8 @@ def to_hf(
     stage = meta.get("stage", {})
     model = model.model_copy(update={"rope_base": stage.get("rope_base", model.rope_base)})
     seq_len = stage.get("seq_len", config["data"]["seq_len"])
+    if model.mup:
+        raise ConfigError(f"{run}: model.mup: the Hugging Face format has no place for its attention and logit factors")
     hf_family(model)
     tokenizer = _tokenizer_path(config, tokenizer)
     encoder = load_tokenizer(tokenizer, vocab_size)
