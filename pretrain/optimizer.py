@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from headrace.errors import LayoutError
+from headrace.errors import ConfigError
 from parallel.adam import GroupStepAdam
 from parallel.engine import (
     DistributedDataParallel,
@@ -61,9 +61,9 @@ def build_optimizer(config: RunConfig, chunks: Sequence[LanguageModel], layout: 
     if kind == "adamw":
         optimizer = get_megatron_optimizer(settings, wrapped, special, use_gloo_process_groups=False)
     else:
+        if megatron.num_moe_experts:  # their matrices are split over groups of their own
+            raise ConfigError(f"optimizer.kind: {kind} does not know experts; train a mixture of experts with adamw")
         groups = get_parameter_groups(wrapped, settings, special)
-        if any(group["params"] for group in groups if group["is_expert_parallel"]):
-            raise LayoutError(f"optimizer.kind: {kind} does not go with expert parallelism; use adamw")
         parts = _sgd(config.optimizer, groups) if kind == "sgd" else _muon(config, groups, names, megatron)
         optimizer = WholeParameterOptimizer(parts, settings, names, layout.distributed_optimizer)
     if precision == "fp16":
@@ -89,7 +89,7 @@ def _megatron_config(config: RunConfig, distributed: bool) -> Any:
         initial_loss_scale=train.initial_loss_scale,
         min_loss_scale=min(1.0, train.initial_loss_scale),
         loss_scale_window=train.loss_scale_window,
-        hysteresis=1,  # megatron's 2 would let the first overflow of a run pass, and no other
+        hysteresis=1,  # megatron's 2 would keep the scale at the first overflow, and at no later one
     )
 
 

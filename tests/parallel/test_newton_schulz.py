@@ -32,10 +32,10 @@ def test_singular_values_come_out_near_one(shape: tuple[int, int], dtype: torch.
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     singular = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     got = np.linalg.svd(orthogonalize(matrix, dtype).double().numpy(), compute_uv=False)
-    reached = np.sort(got)[::-1][: int((singular > np.sqrt((singular**2).sum()) / 200).sum())]
+    reached = np.sort(got)[::-1][: int((singular > np.sqrt((singular**2).sum()) / 400).sum())]
     slack = 0.0 if dtype == torch.float32 else 0.05
     assert reached.min() > 0.68 - slack
-    assert reached.max() < 1.14 + slack
+    assert reached.max() < 1.21 + slack
 
 
 def test_scale_does_not_matter_and_zeros_stay() -> None:
