@@ -1,6 +1,7 @@
 """muP: what a training step does to activations does not depend on the width, and everything else it touches."""
 
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from parallel import process_groups
 from parallel.layout import Layout
 from pretrain.checkpoint import check_model, model_identity
 from pretrain.config import RunConfig
+from pretrain.convert.to_hf import to_hf
 from pretrain.models.mup import attention_scale, lr_factor, std_factor
 from pretrain.parameter_groups import factors
 from pretrain.step import train_step
@@ -92,13 +94,17 @@ def test_at_the_base_width_it_changes_nothing() -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(2, tensor_parallel_size=2), Layout(2, pipeline_parallel_size=2), Layout(2, distributed_optimizer=True)],
-    ids=["tp2", "pp2", "dp2 distributed optimizer"],
+    ("kind", "layout"),
+    [
+        ("adamw", Layout(2, tensor_parallel_size=2)),
+        ("adamw", Layout(2, pipeline_parallel_size=2)),
+        ("muon", Layout(2, tensor_parallel_size=2)),
+        ("muon", Layout(2, distributed_optimizer=True)),
+    ],
+    ids=["tp2", "pp2", "muon, tp2", "muon, dp2 distributed optimizer"],
 )
-def test_every_layout_has_the_single_process_curve(layout: Layout, kind: str) -> None:
+def test_every_layout_has_the_single_process_curve(kind: str, layout: Layout) -> None:
     config = tiny_config("qwen3", micro_batch_size=1, kind=kind, mup=True, mup_base_hidden_size=16,
                          mup_base_head_size=4, tie_embeddings=True)  # fmt: skip
     ranks = run_ranks(2, tiny_steps, config, layout, timeout_s=120)
@@ -114,6 +120,16 @@ def test_weights_of_another_base_are_refused(key: str, value: Any, tmp_path: Pat
     with pytest.raises(CheckpointError, match=f"is of another model: {'mup' if key == 'mup' else key} is"):
         check_model(tmp_path, {"model": other, "weights_only": True}, state)
     process_groups.shutdown()
+
+
+def test_conversion_to_hugging_face_is_refused(tmp_path: Path) -> None:
+    model = config_of(64, True).model
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    meta = {"config": {"model": model.model_dump(mode="json"), "data": {"seq_len": 32}}, "model": {"vocab_size": 128}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ConfigError, match=r"model\.mup: the Hugging Face format has no place"):
+        to_hf(tmp_path / "run", None, tmp_path / "hf")
 
 
 def test_without_mup_older_checkpoints_stay_readable() -> None:

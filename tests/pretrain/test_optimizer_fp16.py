@@ -1,16 +1,22 @@
 """fp16: a loss scale that finds its size, is part of the checkpoint, and never lets an overflow reach the weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import child_process
 import pytest
 import torch
 from process_group import run_ranks
 from resharding import go_on, load_then_go_on, save_then_go_on
 from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
 
+from data_scheduler import DataConfig
 from headrace.errors import ConfigError
 from parallel import process_groups
 from parallel.layout import Layout
+from pretrain.config import validate_config
+from pretrain.loop import train
+from pretrain.metrics import read_records
 from pretrain.step import train_step
 
 OVERFLOWING = 2.0**24
@@ -88,3 +94,18 @@ def test_resuming_keeps_the_scale(layout: Layout, tmp_path: Path) -> None:
 def test_muon_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.kind: muon does not go with train.precision: fp16"):
         tiny_config(kind="muon", precision="fp16")
+
+
+def test_a_run_records_its_scale(data_config: Callable[..., DataConfig], tmp_path: Path) -> None:
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16}
+    raw = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"family": "llama", **sizes},
+        "data": data_config(seq_len=16, global_batch_size=2, lanes=2).model_dump(),
+        "train": {"steps": 2, "precision": "fp16", "initial_loss_scale": 8.0, "loss_scale_window": 1,
+                  "eval_sequences": 0, "threads": 1},
+        "metrics": {"progress": False},
+    }  # fmt: skip
+    assert child_process.run(lambda: train(validate_config(raw, "test")), tmp_path / "log") == 0
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["loss_scale"] for record in records] == [8.0, 16.0]

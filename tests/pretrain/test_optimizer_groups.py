@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from process_group import run_ranks
+from resharding import save_then_go_on
 from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
 
 from headrace.errors import CheckpointError, ConfigError
 from parallel import process_groups
 from parallel.layout import Layout
 from parallel.parameter_names import parameter_names
+from pretrain import checkpoint
 from pretrain.checkpoint import check_model
+from pretrain.optimizer import restore, update
 from pretrain.parameter_groups import factors
 from pretrain.step import train_step
 
@@ -72,6 +75,27 @@ def test_every_layout_finds_the_same_parameters(layout: Layout) -> None:
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
     plain = tiny_config("qwen3", micro_batch_size=1, weight_decay=0.5, lr=1e-2, tie_embeddings=True)
     assert abs(tiny_steps(plain, Layout(1), 3)[-1].loss - reference[-1].loss) > 1e-3
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_resumed_run_takes_its_decay_and_betas_from_the_configuration(sharded: bool, tmp_path: Path) -> None:
+    layout = Layout(2, distributed_optimizer=sharded)
+    first, then = (
+        tiny_config(groups=GROUPS, micro_batch_size=1, weight_decay=decay, beta1=beta1)
+        for decay, beta1 in ((0.1, 0.9), (0.2, 0.8))
+    )
+
+    def settings() -> set[tuple[float, float]]:
+        state = tiny_state(then, layout)
+        loaded = checkpoint._load(tmp_path / "a", checkpoint.sharded_state(state, loading=True), state)
+        restore(state.optimizer, loaded["optimizer"])
+        assert {group["step"] for group in state.optimizer.param_groups} == {2}
+        update(state.optimizer, then.optimizer, 1e-3)
+        return {(group["weight_decay"], group["betas"][0]) for group in state.optimizer.param_groups}
+
+    run_ranks(2, save_then_go_on, first, layout, tmp_path / "a", 2, 0, timeout_s=120)
+    assert run_ranks(2, settings, timeout_s=120)[0] == {(0.2, 0.8), (0.05, 0.8), (0.0, 0.8)}
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
