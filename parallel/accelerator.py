@@ -58,6 +58,28 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Allow only operators that give the same bits every time, or (False) all again; before the first collective.
+
+    torch then takes an operator's deterministic form, and raises RuntimeError, see `is_nondeterministic`, where there
+    is none. cuBLAS needs its workspace fixed for that, NCCL its order of addition; both read the environment once.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+
+
+def is_deterministic() -> bool:
+    """Whether `set_deterministic` is on."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def is_nondeterministic(error: BaseException) -> bool:
+    """Whether `error` is torch's refusal of an operator that has no deterministic form."""
+    return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)
+
+
 def synchronize() -> None:
     """Wait until the device has finished all work given to it; at once on CPU."""
     if has_gpu():

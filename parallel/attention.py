@@ -164,6 +164,7 @@ def _flash_attn(
         documents.max_seqlen_kv,
         softmax_scale=scale,
         causal=True,
+        deterministic=accelerator.is_deterministic(),  # torch's own kernel asks torch itself
     )
     return out
 

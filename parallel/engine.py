@@ -44,6 +44,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -53,8 +54,12 @@ from megatron.core.distributed.data_parallel_base import _BaseDataParallel as Da
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import _get_param_groups as get_parameter_groups
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import RowParallelLinear, all_to_all, gather_from_sequence_parallel_region
@@ -71,16 +76,22 @@ import megatron.core.optimizer.distrib_optimizer as _distributed_optimizer
 
 __all__ = [
     "MEGATRON_VERSION",
+    "ChainedOptimizer",
     "DataParallelBase",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
+    "DynamicGradScaler",
+    "FP32Optimizer",
     "Float16Module",
+    "Float16OptimizerWithFloat16Params",
     "GPTModel",
     "IdentityOp",
     "MegatronModule",
     "MegatronOptimizerConfig",
     "ModuleSpec",
     "PackedSeqParams",
+    "ParamKey",
+    "ParamWithNamePredicate",
     "RowParallelLinear",
     "ShardedTensor",
     "ShardedTensorFactory",
@@ -90,12 +101,14 @@ __all__ = [
     "apply_factories",
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
+    "extract_sharded_tensors_and_factories",
     "finalize_model_grads",
     "gather_from_sequence_parallel_region",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
+    "get_parameter_groups",
     "make_sharded_optimizer_tensor",
     "nested_values",
     "parallel_state",

@@ -33,8 +33,8 @@ from parallel.layout import Layout
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
 from pretrain.config.rope import RopeScalingConfig
+from pretrain.data_parallel import gather_weights
 from pretrain.models.sizes import head_size
-from pretrain.optimizer import gather_weights
 from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
 from pretrain.step import TrainState
 from pretrain.stored_optimizer import restore_optimizer, stored_optimizer
@@ -178,6 +178,8 @@ def _reading(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
     """Raise CheckpointError naming the first setting in which the checkpoint's model differs from the run's."""
+    if not meta.get("weights_only", False):
+        _check_optimizer(path, meta, state)
     converted = {"precision"} if meta.get("weights_only", False) else set()
     for key, value in _identity(state).items():
         if key not in converted and meta["model"].get(key) != value:
@@ -197,12 +199,30 @@ def model_of_stage(model: ModelConfig, meta: Mapping[str, Any]) -> ModelConfig:
     return model.model_copy(update={"rope_base": stage.get("rope_base", model.rope_base), "rope_scaling": scaling})
 
 
+def _check_optimizer(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
+    """Raise CheckpointError when the checkpoint's optimizer state is not what the run's optimizer needs."""
+    saved = meta.get("optimizer", {"kind": "adamw", "groups": []})  # no such entry: of a version that had AdamW alone
+    for key, value in _optimizer_identity(state).items():
+        if saved[key] != value:
+            raise CheckpointError(
+                f"{path}: was saved with optimizer.{key}={saved[key]!r}, the configuration has {value!r}; "
+                "a run keeps this setting for life"
+            )
+
+
+def _optimizer_identity(state: TrainState) -> dict[str, Any]:
+    """What decides which state the optimizer has, and in which groups."""
+    return state.config.optimizer.model_dump(mode="json", include={"kind", "groups"})
+
+
 def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict[str, Any]:
-    """What makes two models the same for a checkpoint: shapes, not losses or initialization.
+    """What makes two models the same for a checkpoint: shapes and, with muP, multipliers; not losses or initialization.
 
     `vocab_size` is the padded one, `precision` that of the weights.
     """
     free = {"preset", "init_std", "z_loss", "max_z_loss", "rope_base", "rope_scaling", "norm_eps", "vocab_size"}
+    if not config.mup:  # its keys then mean nothing, and older checkpoints lack them
+        free |= {"mup", "mup_base_hidden_size", "mup_base_head_size"}
     model = {key: value for key, value in config.model_dump().items() if key not in free}
     if config.hidden_size == config.num_attention_heads * head_size(config):
         model["head_size"] = None  # the same heads, said or not
@@ -258,6 +278,7 @@ def _finish(partial: Path, final: Path, state: TrainState, data_state: Mapping[s
         "tokens": progress.tokens,
         "layout": asdict(state.layout),
         "model": _identity(state),
+        "optimizer": _optimizer_identity(state),
         "stage": {
             **{key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
             "rope_scaling": scaling and scaling.model_dump(),

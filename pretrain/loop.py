@@ -52,12 +52,15 @@ def train(config: RunConfig) -> ExitCode:
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    accelerator.set_deterministic(config.train.deterministic)
     config = with_live_sources(config)
     layout = layout_of(config, process_groups.environment_world_size())
     ranks = process_groups.initialize(layout, config.train.seed)
     try:
         code = _through_all_layouts(config, layout, ranks)
     except RuntimeError as error:
+        if accelerator.is_nondeterministic(error):
+            raise ConfigError(f"train.deterministic: {str(error).partition('. ')[0]}; set it to false") from None
         if not process_groups.is_lost_peer(error):
             raise
         sys.stderr.write(f"headrace: rank {ranks.rank}: another process is gone: {str(error).splitlines()[0]}\n")
@@ -253,6 +256,8 @@ class Run:
             "source_loss": losses,
             "source_tokens": tokens,
         }
+        if self.config.train.precision == "fp16":
+            record["loss_scale"] = result.loss_scale
         if result.selected is not None:
             record |= selection_record(result.selected, self.scheduler.names)
         for sink in sinks:

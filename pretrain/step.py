@@ -21,7 +21,7 @@ from pretrain.loss import FIXED_POINT, loss_function
 from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.sizes import head_size
-from pretrain.optimizer import build_optimizer, update
+from pretrain.optimizer import build_optimizer, loss_scale, update
 from pretrain.rope import rope_scaling
 from pretrain.stages import StageSettings, first_settings
 from pretrain.trainable import check_trainable, frozen
@@ -65,6 +65,8 @@ class StepResult:
     """The gradient was not finite, so the weights were left alone."""
     selected: "Selected | None" = None
     """What was trained on, where `train.selection` chose among the batch."""
+    loss_scale: float = 1.0
+    """Factor of the loss in the step's backward pass; other than 1 with fp16 only."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,7 @@ def build_state(
         config.kernels,
     )
     check_trainable(config, chunks)
-    once = config.parallel.reduce_gradients == "step"
-    optimizer, wrapped = build_optimizer(config.optimizer, chunks, layout, train.precision, once)
+    optimizer, wrapped = build_optimizer(config, chunks, layout)
     sources = len(config.data.sources) if num_sources is None else num_sources
     return TrainState(chunks, wrapped, optimizer, config, layout, ranks, sources, first_settings(config))
 
@@ -108,10 +109,11 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False)
-    still = frozen(state.chunks, state.optimizer, state.stage.trainable)
+    scale = loss_scale(state.optimizer)  # that of this step; the update adapts it for the next
+    still = frozen(state.stored, state.optimizer, state.stage.trainable)
     grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still)
     loss = float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
-    return StepResult(loss, grad_norm, loss_sums, tokens, skipped)
+    return StepResult(loss, grad_norm, loss_sums, tokens, skipped, loss_scale=scale)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from parallel.engine import make_sharded_optimizer_tensor, nested_values
+from pretrain.optimizer import restore
 from pretrain.step import TrainState
 
 MASTER = "fp32_from_fp16_params"
@@ -33,9 +34,9 @@ def stored_optimizer(state: TrainState, weights: dict[str, Any], metadata: dict[
 def restore_optimizer(state: TrainState, loaded: dict[str, Any]) -> None:
     """Take over what was loaded through `stored_optimizer`; the weights must have been before."""
     if not _stores_master_weights(state):
-        state.optimizer.load_state_dict(loaded)
+        restore(state.optimizer, loaded)
         return
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    restore(state.optimizer, loaded["optimizer"])
     for shards, values in zip(_groups(state), loaded[MASTER], strict=True):
         for shard, value in zip(shards, values, strict=True):
             shard.copy_(value)

@@ -8,8 +8,7 @@ same, since megatron-core reduces gradients in flat buffers.
     embedding.word_embeddings.weight              model, and an output head that is tied to the embedding is called so
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 
 from headrace.errors import ConfigError
 from parallel import process_groups
+from parallel.parameter_names import parameter_names
 from pretrain.config import RunConfig
 from pretrain.models.gpt import LanguageModel
 
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 MASTERS = (
     ("model_fp32_groups", "shard_fp32_groups"),
     ("model_float16_groups", "shard_fp32_from_float16_groups"),
@@ -29,23 +28,11 @@ MASTERS = (
 """Attributes of megatron-core's optimizers: groups of parameters, and of what is updated in their place."""
 
 
-def named_parameters(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This process's parameters under the names that they have in every layout."""
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-                name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy
-            elif (layer := LAYER.match(name)) is not None:
-                number = chunk.decoder.layers[int(layer[1])].layer_number - 1
-                name = f"decoder.layers.{number}.{name[layer.end() :]}"
-            yield name, parameter
-
-
 def check_trainable(config: RunConfig, chunks: Sequence[LanguageModel]) -> None:
     """Raise ConfigError, on every process, for a pattern in a stage's `trainable` that matches no parameter."""
     if all(stage.trainable is None for stage in config.stages):
         return
-    own = [name for name, _ in named_parameters(chunks)]
+    own = list(parameter_names(chunks).values())
     names = sorted({name for part in process_groups.gather_objects(own) for name in part})
     for number, stage in enumerate(config.stages):
         for pattern in stage.trainable or ():
@@ -56,7 +43,7 @@ def check_trainable(config: RunConfig, chunks: Sequence[LanguageModel]) -> None:
                 )
 
 
-def frozen(chunks: Sequence[LanguageModel], optimizer: Any, trainable: Sequence[str] | None) -> list[torch.Tensor]:
+def frozen(chunks: Sequence[Any], optimizer: Any, trainable: Sequence[str] | None) -> list[torch.Tensor]:
     """What the optimizer must leave alone on this process: what matches none of the patterns. None: nothing.
 
     Adam's moments are made for them too, where there are none: a checkpoint holds those of all parameters.
@@ -64,7 +51,8 @@ def frozen(chunks: Sequence[LanguageModel], optimizer: Any, trainable: Sequence[
     if trainable is None:
         return []
     for part in optimizer.chained_optimizers:
-        part.init_state_fn(part.optimizer, part.config)
+        if part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
     updated = {
         id(parameter): master
         for part in optimizer.chained_optimizers
@@ -74,6 +62,6 @@ def frozen(chunks: Sequence[LanguageModel], optimizer: Any, trainable: Sequence[
     }
     return [
         updated.get(id(parameter), parameter)
-        for name, parameter in named_parameters(chunks)
+        for parameter, name in parameter_names(chunks).items()
         if not any(fnmatchcase(name, pattern) for pattern in trainable)
     ]

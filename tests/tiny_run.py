@@ -6,7 +6,7 @@ import numpy as np
 
 from parallel import process_groups
 from parallel.layout import Layout
-from pretrain.config import RunConfig, validate_config
+from pretrain.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig, validate_config
 from pretrain.microbatch import MicroBatch, split_batch
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
@@ -31,8 +31,8 @@ def tiny_config(family: str = "llama", **changes: Any) -> RunConfig:
     sources = [{"name": name, "paths": [name]} for name in ("code", "prose")]
     data = {"tokenizer": "t", "sources": sources, "seq_len": SEQ_LEN, "global_batch_size": BATCH, "lanes": BATCH}
     for key, value in changes.items():
-        section = {"precision": "train", "recompute": "train", "micro_batch_size": "train", "seed": "train"}.get(key)
-        section = section or ("optimizer" if key in ("clip_grad", "weight_decay", "lr") else "model")
+        sections_of = {"train": TrainConfig, "optimizer": OptimizerConfig, "model": ModelConfig}
+        section = next(name for name, fields in sections_of.items() if key in fields.model_fields)
         sections[section][key] = value
     return validate_config({"run": {"dir": "unused"}, "data": data, **sections}, "tiny")
 

@@ -13,6 +13,7 @@ from pretrain.config.training import (
     CheckpointConfig,
     OptimizerConfig,
     ParallelConfig,
+    ParameterGroup,
     SelectionConfig,
     TrainConfig,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterGroup",
     "PrometheusConfig",
     "RunConfig",
     "RunSection",

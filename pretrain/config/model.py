@@ -52,6 +52,13 @@ class ModelConfig(StrictModel):
     """Share the input embedding with the output head."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of weights at the start; output projections of attention and MLP get init_std/√(2·layers)."""
+    mup: bool = False
+    """Scale start, learning rates, attention and logits by width so that the best learning rate of a narrow model is
+    that of a wide one too (muP, arXiv 2203.03466, table 8); see docs/how-to/optimizers.md."""
+    mup_base_hidden_size: Positive = 256
+    """With `mup`: width at which it changes nothing; that of the model the learning rate was found with, or any."""
+    mup_base_head_size: Positive = 64
+    """With `mup`: head size at which attention has its usual scale; it falls as 1/head_size."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of z-loss, c·log²Z (PaLM, arXiv 2204.02311)."""
     max_z_loss: NonNegativeFloat = 0.0

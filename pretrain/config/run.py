@@ -72,17 +72,6 @@ class RunConfig(StrictModel):
         return {**raw, "data": with_stages(raw)}
 
     @model_validator(mode="after")
-    def _layouts_share_their_checkpoints(self) -> "RunConfig":
-        own = self.parallel.distributed_optimizer
-        for number, stage in enumerate(self.stages):
-            if stage.parallel is not None and stage.parallel.distributed_optimizer != own:
-                raise ValueError(
-                    f"stages.{number}.parallel.distributed_optimizer: a run keeps this setting for life; give "
-                    f"{str(own).lower()}, as in parallel"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _schedules_make_sense(self) -> "RunConfig":
         schedule: LearningRateConfig = self.optimizer
         check_schedule(schedule, "optimizer")
@@ -90,6 +79,22 @@ class RunConfig(StrictModel):
             if stage.learning_rate is not None:
                 schedule = stage.learning_rate.after(schedule)
                 check_schedule(schedule, f"stages.{number}.learning_rate")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits_precision_and_layout(self) -> "RunConfig":
+        if self.optimizer.kind == "muon" and self.train.precision == "fp16":
+            # Two optimizers would each keep a loss scale of their own.
+            raise ValueError("optimizer.kind: muon does not go with train.precision: fp16; use bf16 or fp32")
+        layouts = [self.parallel, *(stage.parallel for stage in self.stages if stage.parallel is not None)]
+        if not any(parallel.fully_sharded for parallel in layouts):
+            return self
+        if self.optimizer.kind != "adamw":
+            raise ValueError(
+                f"optimizer.kind: {self.optimizer.kind} does not go with parallel.fully_sharded; use adamw"
+            )
+        if self.train.precision == "fp16":
+            raise ValueError("train.precision: fp16 does not go with parallel.fully_sharded; use bf16 or fp32")
         return self
 
 

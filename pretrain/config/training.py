@@ -30,8 +30,15 @@ class TrainConfig(StrictModel):
     """Optimizer steps of the run."""
     micro_batch_size: Positive = 1
     """Sequences per forward pass and data-parallel rank."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` keeps fp32 master weights and gradients."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16` and `fp16` keep fp32 master weights and gradients; `fp16` scales the loss, see `initial_loss_scale`."""
+    initial_loss_scale: PositiveFloat = 4096.0
+    """With `fp16`: factor of the loss at the start. A step whose gradients overflow is skipped and halves it."""
+    loss_scale_window: Positive = 1000
+    """With `fp16`: steps without an overflow after which the factor doubles."""
+    deterministic: bool = False
+    """Only operators that give the same bits every time; an operator without such a form ends the run with its name.
+    On CPU, where repeated runs are bit-identical anyway, it guards against operators that are not."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, core attention and MLP only, or every block."""
     seed: int = 1234
@@ -46,17 +53,51 @@ class TrainConfig(StrictModel):
     """CPU threads per process; 0 leaves torch's own choice."""
 
 
-class OptimizerConfig(LearningRateConfig):
-    """AdamW and its learning-rate schedule."""
+class ParameterGroup(StrictModel):
+    """Settings of some of the parameters."""
 
-    kind: Literal["adamw"] = "adamw"
+    match: Annotated[str, Field(min_length=1)]
+    """Shell pattern over names in checkpoints, as `decoder.layers.0.*` or `*.linear_fc2.weight`; layers count from 0
+    over the whole model. A pattern that no parameter has is refused."""
+    weight_decay: NonNegativeFloat | None = None
+    """Instead of `optimizer.weight_decay`, for norms and biases too."""
+    lr_scale: NonNegativeFloat = 1.0
+    """Factor of the learning rate; 0 keeps the parameters as they are."""
+
+
+class OptimizerConfig(LearningRateConfig):
+    """The optimizer and its learning-rate schedule."""
+
+    kind: Literal["adamw", "sgd", "muon"] = "adamw"
+    """`sgd`: with momentum. `muon`: for the blocks' matrices, scaled to AdamW's update size (arXiv 2502.16982), and
+    AdamW for embeddings, head, norms and biases. A run keeps its kind for life."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the gradient's running mean; `adamw`, and AdamW's part of `muon`."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the squared gradient's running mean; `adamw`, and AdamW's part of `muon`."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the squared gradient's mean; `adamw`, and AdamW's part of `muon`."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """`sgd` and `muon`: what is kept of the sum of gradients from step to step."""
+    nesterov: bool = True
+    """`sgd` and `muon`: look one step ahead."""
     weight_decay: NonNegativeFloat = 0.1
-    """Applied to matrices; norms and biases are not decayed."""
+    """Applied to matrices; norms and biases are not decayed. `adamw` and `muon` take lr times it off the weights, `sgd`
+    adds it times the weights to the gradient."""
+    groups: list[ParameterGroup] = []
+    """Parameters with settings of their own; of several that match a parameter, the first counts."""
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient-norm limit; 0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _decay_of_groups_has_a_measure(self) -> "OptimizerConfig":
+        # Checkpoints tell groups apart by their decay's ratio to the common one.
+        if self.weight_decay == 0.0 and any(group.weight_decay for group in self.groups):
+            raise ValueError(
+                "weight_decay is 0 while a group has one; set weight_decay too, and let a last group of match: '*' "
+                "with weight_decay: 0 stand for all other parameters"
+            )
+        return self
 
 
 class ParallelConfig(StrictModel):

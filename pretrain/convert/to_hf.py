@@ -38,6 +38,8 @@ def to_hf(
     model, vocab_size, config = _model(meta, checkpoint)
     model = model_of_stage(model, meta)
     seq_len = meta.get("stage", {}).get("seq_len", config["data"]["seq_len"])
+    if model.mup:
+        raise ConfigError(f"{run}: model.mup: the Hugging Face format has no place for its attention and logit factors")
     hf_family(model)
     tokenizer = _tokenizer_path(config, tokenizer)
     encoder = load_tokenizer(tokenizer, vocab_size)

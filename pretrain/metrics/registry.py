@@ -51,6 +51,13 @@ METRICS: Final = (
     Metric("global_batch_size", "gauge", "sequences", "sequences of the step", "headrace_global_batch_size"),
     Metric("loss", "gauge", "nats/token", "mean loss over the step's target tokens", "headrace_loss"),
     Metric("grad_norm", "gauge", "1", "global gradient norm before clipping", "headrace_grad_norm"),
+    Metric(
+        "loss_scale",
+        "gauge",
+        "1",
+        "with `train.precision: fp16`: factor of the loss in the step's backward pass",
+        "headrace_loss_scale",
+    ),
     Metric("lr", "gauge", "1", "learning rate of the step's update", "headrace_learning_rate"),
     Metric("tokens_per_s", "gauge", "tokens/s", "global throughput of the step", "headrace_tokens_per_second"),
     Metric("step_s", "gauge", "s", "time of the whole step, waiting for data included", "headrace_step_seconds"),

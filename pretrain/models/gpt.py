@@ -14,11 +14,12 @@ from parallel.spec import block_spec
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import vocab_parallel_cross_entropy
 from pretrain.models.initialize import initialize_weights
+from pretrain.models.mup import attention_scale, scale_logits
 from pretrain.models.sizes import FAMILIES, has_qk_norm, head_size, query_groups
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
@@ -69,7 +70,7 @@ def transformer_config(
         gated_linear_unit=family.gated,
         activation_func=F.silu if family.gated else F.gelu,
         # Has nothing to do with TransformerEngine here, see block_spec.
-        use_te_activation_func=_swiglu_is_fused(config, kernels or KernelsConfig()),
+        use_te_activation_func=_swiglu_is_fused(config, kernels or KernelsConfig(), dtype),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_dropout_fusion=False,
@@ -82,12 +83,15 @@ def transformer_config(
         params_dtype=torch.float32 if layout.fully_sharded else dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         tensor_model_parallel_size=layout.tensor_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=layout.context_parallel_size,
+        softmax_scale=attention_scale(config),
         calculate_per_token_loss=True,
+        deterministic_mode=accelerator.is_deterministic(),
         # megatron's batched p2p gives wrong losses (off by 8e-2, no error) with two interleaved stages; one by one is
         # right. Outputs must not be freed on gloo, which may still be sending them.
         overlap_p2p_comm=virtual is not None,
@@ -97,10 +101,14 @@ def transformer_config(
     )
 
 
-def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig) -> bool:
+def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig, dtype: torch.dtype) -> bool:
     if not FAMILIES[config.family].gated:
         if kernels.swiglu == "fused":
             raise ConfigError(f"kernels.swiglu: fused, but {config.family} has no SwiGLU; leave the key out")
+        return False
+    if dtype not in swiglu.DTYPES:
+        if kernels.swiglu == "fused":
+            raise ConfigError("kernels.swiglu: fused does not take fp16; leave the key out")
         return False
     return swiglu.choose(kernels.swiglu, accelerator.device().type)[0] == "fused"
 
@@ -140,6 +148,8 @@ def build_model(
             vp_stage=vp_stage,
         )
         chunk.z_loss, chunk.max_z_loss = config.z_loss, config.max_z_loss
+        if chunk.post_process:
+            scale_logits(chunk.output_layer, config)
         chunks.append(chunk.to(accelerator.device()))
     initialize_weights(chunks, config, seed)
     return chunks

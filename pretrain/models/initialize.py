@@ -14,6 +14,7 @@ import torch
 
 from parallel.engine import ShardedTensor, apply_factories, nested_values, parallel_state
 from pretrain.config import ModelConfig
+from pretrain.models.mup import std_factor
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def initialize_weights(chunks: Iterable[Any], config: ModelConfig, seed: int) ->
     """Fill in all parameters of `chunks`: GPT-2's scheme.
 
     Matrices from N(0, init_std²), those that write into the residual stream from N(0, init_std²/(2·layers)), norms 1,
-    biases 0.
+    biases 0. Under muP the blocks' matrices start smaller (`pretrain.models.mup`).
     """
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -61,5 +62,5 @@ def _distribution(key: str, config: ModelConfig) -> tuple[str, float]:
     if "norm" in key:
         return "one", 0.0
     if "linear_proj" in key or "linear_fc2" in key:
-        return "normal", config.init_std / math.sqrt(2 * config.num_layers)
-    return "normal", config.init_std
+        return "normal", std_factor(config, key) * config.init_std / math.sqrt(2 * config.num_layers)
+    return "normal", std_factor(config, key) * config.init_std

@@ -14,6 +14,7 @@ from parallel.process_groups import Ranks
 from pretrain.config import RunConfig
 from pretrain.loss import FIXED_POINT, source_report
 from pretrain.microbatch import MicroBatch
+from pretrain.optimizer import loss_scale
 from pretrain.selection import BoolArray, Float64, Int64, Scored, TokenSelector, make_selector
 from pretrain.selection.reference import load_reference
 from pretrain.selection.repack import empty, masked, repack
@@ -58,7 +59,7 @@ class Selection:
         (most,) = exchange.largest([float(len(again))])
         if not most:  # nothing to learn in the whole batch: no update, which would still decay weights and moments
             selected = Selected(np.zeros_like(tokens), documents, kept_documents)
-            return StepResult(loss, 0.0, sums, tokens, False, selected)
+            return StepResult(loss, 0.0, sums, tokens, False, selected, loss_scale(state.optimizer))
         number = int(most)
         if state.layout.virtual_pipeline_parallel_size:  # megatron's interleaved schedule takes groups of them
             number += -number % state.layout.pipeline_parallel_size

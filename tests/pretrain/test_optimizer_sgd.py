@@ -1,0 +1,88 @@
+"""SGD, gradient clipping (SGD shows it; Adam forgives any factor), and both under every layout."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from process_group import run_ranks
+from resharding import load_then_go_on, save_then_go_on
+from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
+
+from parallel import process_groups
+from parallel.layout import Layout
+from pretrain.config import RunConfig
+from pretrain.step import StepResult, train_step
+
+LAYOUTS = {
+    "dp2": Layout(2),
+    "dp2 distributed optimizer": Layout(2, distributed_optimizer=True),
+    "tp2+sp": Layout(2, tensor_parallel_size=2, sequence_parallel=True),
+    "pp2": Layout(2, pipeline_parallel_size=2),
+    "cp2": Layout(2, context_parallel_size=2),
+}
+CLIP, LR = 0.25, 1.0
+
+
+@functools.cache
+def single_process(text: str, steps: int) -> list[StepResult]:
+    return tiny_steps(RunConfig.model_validate_json(text), Layout(1), steps)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_step_is_torchs_sgd(nesterov: bool) -> None:
+    config = tiny_config("wonton", kind="sgd", momentum=0.8, nesterov=nesterov, weight_decay=0.5, clip_grad=0.0)
+    state = tiny_state(config, Layout(1))
+    names = dict(state.chunks[0].named_parameters())
+    copies = {name: value.detach().clone().requires_grad_() for name, value in names.items()}
+    groups = [
+        {"params": [value for value in copies.values() if value.dim() == dim], "weight_decay": 0.5 * (dim > 1)}
+        for dim in (1, 2)
+    ]
+    reference = torch.optim.SGD(groups, lr=1e-2, momentum=0.8, nesterov=nesterov)
+    for step in range(3):
+        train_step(state, tiny_batch(step), 1e-2)
+        for name, copy in copies.items():
+            copy.grad = names[name].main_grad.clone()
+        reference.step()
+    for name, copy in copies.items():
+        torch.testing.assert_close(names[name], copy, rtol=1e-5, atol=1e-6)
+    process_groups.shutdown()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("name", "tied"), [*((name, False) for name in LAYOUTS), ("tp2+sp", True), ("pp2", True)])
+def test_clipping_is_by_the_norm_of_the_whole_gradient_under_every_layout(name: str, tied: bool) -> None:
+    config = tiny_config("qwen3", micro_batch_size=1, kind="sgd", momentum=0.0, lr=LR, weight_decay=0.0,
+                         clip_grad=CLIP, tie_embeddings=tied)  # fmt: skip
+    reference = single_process(config.model_dump_json(), 4)
+    assert min(result.grad_norm for result in reference) > 2 * CLIP
+    for mine, theirs in zip(
+        run_ranks(2, tiny_steps, config, LAYOUTS[name], 4, timeout_s=120)[0], reference, strict=True
+    ):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_clipped_update_is_as_long_as_the_limit(tied: bool) -> None:
+    config = tiny_config(kind="sgd", momentum=0.0, weight_decay=0.0, clip_grad=CLIP, tie_embeddings=tied)
+    state = tiny_state(config, Layout(1))
+    parameters = list(state.chunks[0].parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    result = train_step(state, tiny_batch(0), 1e-2)
+    assert result.grad_norm > 2 * CLIP
+    moved = torch.stack([(a - b).norm() for a, b in zip(before, parameters, strict=True)]).norm()
+    assert float(moved) == pytest.approx(1e-2 * CLIP, rel=1e-3)
+    process_groups.shutdown()
+
+
+@pytest.mark.multiprocess
+def test_momentum_in_bf16_survives_a_change_of_layout(tmp_path: Path) -> None:
+    config = tiny_config("llama", micro_batch_size=1, kind="sgd", lr=0.1, precision="bf16")
+    owned = Layout(2, distributed_optimizer=True)
+    expected = run_ranks(2, save_then_go_on, config, owned, tmp_path / "a", 3, 2, timeout_s=120)[0]
+    again = run_ranks(2, load_then_go_on, config, owned, tmp_path / "a", 3, 2, timeout_s=120)[0]
+    assert [result.loss for result in again] == [result.loss for result in expected]
+    other = run_ranks(2, load_then_go_on, config, LAYOUTS["tp2+sp"], tmp_path / "a", 3, 2, timeout_s=120)
+    assert other[0][1].loss == pytest.approx(expected[1].loss, rel=2e-3)  # bf16 adds in another order
