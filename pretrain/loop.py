@@ -22,7 +22,7 @@ from data_scheduler.batch import Batch, RejectedRecord
 from data_scheduler.config import SourceConfig
 from data_scheduler.stages import tokens_before
 from data_scheduler.state import LANE_ARRAYS, Snapshots
-from headrace.errors import CheckpointError, ExitCode
+from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint

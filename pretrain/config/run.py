@@ -87,6 +87,8 @@ class RunConfig(StrictModel):
             # Two optimizers would each keep a loss scale of their own.
             raise ValueError("optimizer.kind: muon does not go with train.precision: fp16; use bf16 or fp32")
         layouts = [self.parallel, *(stage.parallel for stage in self.stages if stage.parallel is not None)]
+        if self.optimizer.kind != "adamw" and any(parallel.overlap_param_gather for parallel in layouts):
+            raise ValueError(f"parallel.overlap_param_gather does not go with optimizer.kind: {self.optimizer.kind}")
         if not any(parallel.fully_sharded for parallel in layouts):
             return self
         if self.optimizer.kind != "adamw":

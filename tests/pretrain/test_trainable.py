@@ -11,10 +11,10 @@ from tiny_run import tiny_batch, tiny_config, tiny_state
 from data_scheduler.state import State
 from headrace.errors import ConfigError
 from parallel.layout import Layout
+from parallel.parameter_names import parameter_names
 from pretrain import checkpoint
 from pretrain.config import RunConfig, validate_config
 from pretrain.step import StepResult, TrainState, train_step
-from pretrain.trainable import named_parameters
 
 PARTS = ["decoder.layers.[12].mlp.*", "embedding*"]
 THEN = [None, PARTS, ["decoder.layers.*norm.weight"], ["*"]]
@@ -29,7 +29,7 @@ def config_of(tie: bool = True, **changes: Any) -> RunConfig:
 
 
 def whole(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in named_parameters(state.chunks)}
+    return {name: parameter.detach().clone() for parameter, name in parameter_names(state.chunks).items()}
 
 
 def moments(state: TrainState) -> list[tuple[torch.Tensor, ...]]:
