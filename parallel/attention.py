@@ -92,6 +92,9 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     Fewer key/value than query heads (GQA, arXiv 2305.13245) are allowed.
     """
 
+    observer: Callable[[torch.Tensor, torch.Tensor, PackedDocuments], None] | None = None
+    """Is shown the queries and keys that are multiplied, in measured steps (`pretrain.dynamics`)."""
+
     def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config=config)
         self.cp_group = pg_collection.cp
@@ -115,6 +118,9 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         key = rotate(key, documents.cos, documents.sin)
         if documents.mask is not None:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        if self.observer is not None:
+            self.observer(query, key, documents)
+        if documents.mask is not None:
             out = _dense(query, key, value, documents.mask, self.softmax_scale)
         elif (varlen := _varlen_kernel(query.dtype)) is not None:
             out = varlen(query, key, value, documents, self.softmax_scale)

@@ -129,6 +129,8 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
         state.optimizer.reload_model_params()
         return Progress(meta["step"], meta["tokens"]), None
     state.optimizer.load_state_dict(loaded["optimizer"])
+    if "noise_scale" in meta:  # older checkpoints have none
+        state.noise_scale.load(meta["noise_scale"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     if meta["layout"] == asdict(state.layout) and rng.is_file():
         try:
@@ -232,6 +234,7 @@ def _finish(partial: Path, final: Path, state: TrainState, data_state: Mapping[s
         "layout": asdict(state.layout),
         "model": _identity(state),
         "stage": {key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
+        "noise_scale": state.noise_scale.state(),
         "config": state.config.model_dump(mode="json"),
     }
     publish(partial, final, meta)

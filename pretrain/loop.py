@@ -208,6 +208,8 @@ class Run:
         scale = setting(self.scheduler, "lr_scale", 1.0)
         batch = next(self.scheduler)
         stage = self.state.stage = settings_of(self.config, self.scheduler.plan.shape.at(batch.step))
+        every = self.config.metrics.dynamics.every
+        self.state.measured = bool(every) and batch.step % every == 0
         size = stage.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
         lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * stage.lr_scale * scale
@@ -246,6 +248,8 @@ class Run:
         }
         if result.selected is not None:
             record |= selection_record(result.selected, self.scheduler.names)
+        if result.dynamics is not None:
+            record |= result.dynamics
         for sink in sinks:
             sink.write(record)
         if self.ranks.rank == 0:

@@ -15,6 +15,7 @@ from parallel.engine import (
 )
 from parallel.layout import Layout
 from pretrain.config import OptimizerConfig
+from pretrain.dynamics import Measurement
 from pretrain.models.gpt import DTYPES, LanguageModel, Precision
 
 
@@ -60,7 +61,9 @@ def build_optimizer(
     return optimizer, wrapped
 
 
-def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, bool]:
+def update(
+    optimizer: Any, config: OptimizerConfig, lr: float, measurement: Measurement | None = None
+) -> tuple[float, bool]:
     """Clip the gradients and apply them at `lr`: (gradient norm before clipping, whether the update was skipped).
 
     A gradient that is infinite or not a number would destroy the weights, so it is skipped and the weights stay as they
@@ -70,6 +73,8 @@ def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, b
         group["lr"] = lr
         group["weight_decay"] = config.weight_decay * group["wd_mult"]  # 0 for norms and biases
     optimizer.prepare_grads()
+    if measurement is not None:
+        measurement.before_update()
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
         return grad_norm, True
@@ -77,4 +82,6 @@ def update(optimizer: Any, config: OptimizerConfig, lr: float) -> tuple[float, b
         if config.clip_grad > 0.0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, max_norm=config.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
+    if measurement is not None:
+        measurement.after_update()
     return grad_norm, False

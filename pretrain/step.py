@@ -1,7 +1,8 @@
 """One training step, on one screen: micro-batches in, updated weights and exact per-source losses out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from parallel.engine import get_forward_backward_func
 from parallel.layout import Layout
 from parallel.process_groups import Ranks
 from pretrain.config import RunConfig
+from pretrain.dynamics import Dynamics, Measurement, NoiseScale
 from pretrain.loss import FIXED_POINT, loss_function
 from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
@@ -39,6 +41,10 @@ class TrainState:
     num_sources: int
     stage: StageSettings
     """What holds for the step at hand; between two steps, for the one before."""
+    measured: bool = False
+    """The step at hand is measured (`metrics.dynamics`)."""
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    """Moving averages over measured steps."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class StepResult:
     """The gradient was not finite, so the weights were left alone."""
     selected: "Selected | None" = None
     """What was trained on, where `train.selection` chose among the batch."""
+    dynamics: Dynamics | None = None
+    """What was measured inside the model, in a step that is measured."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,15 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False)
-    grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr)
+    measurement = None
+    if state.measured:
+        measurement = Measurement(state.chunks, state.optimizer, state.layout, state.ranks, microbatches)
+    with measurement or nullcontext():
+        loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False, measurement=measurement)
+        grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, measurement)
+    dynamics = measurement.values(state.noise_scale) if measurement else None
     loss = float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
-    return StepResult(loss, grad_norm, loss_sums, tokens, skipped)
+    return StepResult(loss, grad_norm, loss_sums, tokens, skipped, dynamics=dynamics)
 
 
 @torch.no_grad()
@@ -114,9 +127,14 @@ def evaluate_step(
     return loss_sums, tokens
 
 
-def _run(state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bool) -> npt.NDArray[np.int64]:
+def _run(
+    state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bool, measurement: Measurement | None = None
+) -> npt.NDArray[np.int64]:
     """The rows of a `SourceLoss`, int64[3, sources], summed over all micro-batches and ranks."""
-    reports = run_schedule(state, microbatches, partial(_forward_step, state.num_sources), forward_only)
+    forward_step: Callable[..., Any] = partial(_forward_step, state.num_sources)
+    if measurement is not None:
+        forward_step = measurement.during(forward_step)
+    reports = run_schedule(state, microbatches, forward_step, forward_only)
     total = torch.zeros(3, state.num_sources, dtype=torch.int64, device=accelerator.device())
     for report in reports:  # empty but on the last pipeline stage
         total += report

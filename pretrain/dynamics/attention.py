@@ -1,0 +1,73 @@
+"""The largest attention logit of a packed micro-batch: exact, and without ever holding all logits.
+
+Flash kernels have no logits to look at, so a measured step multiplies queries and keys once more. Queries are taken a
+stretch at a time against the keys from the first one's document on, whatever the number of documents: short documents
+cost no loop over them, and long ones never more than `LOGITS` numbers of memory.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+
+import torch
+
+from parallel.attention import PackedDocuments
+
+QUERIES = 256
+"""Queries at a time: enough to fill a device, few enough that little above the diagonal is computed."""
+LOGITS = 1 << 26
+"""Logits held at once: 128 MiB in half precision."""
+
+
+@torch.no_grad()
+def largest_logit(
+    query: torch.Tensor, key: torch.Tensor, documents: PackedDocuments, scale: float | None = None
+) -> torch.Tensor:
+    """float32[]: max of scale·q·k over all heads, queries, and keys that the query may attend to.
+
+    `query[queries, heads, head_size]` and `key[keys, groups, head_size]` as the attention kernel gets them, rotated and
+    normalised; `scale` is 1/√head_size when None. Infinite when any logit is not a number.
+    """
+    heads, groups, width = query.size(1), key.size(1), query.size(2)
+    keys = key.permute(1, 2, 0)
+    found = []
+    for begin, end, first, last, allowed in _stretches(documents, query, heads):
+        # Query heads that share a key head stand below one another: one product for each key head.
+        rows = query[begin:end].view(end - begin, groups, heads // groups, width).permute(1, 2, 0, 3)
+        barred = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+        barred.masked_fill_(~allowed, -math.inf)
+        logits = torch.baddbmm(
+            barred.repeat(heads // groups, 1).unsqueeze(0), rows.reshape(groups, -1, width), keys[:, :, first:last]
+        )
+        found.append(logits.amax())
+    largest = torch.stack(found).amax().float() * (width**-0.5 if scale is None else scale)
+    return torch.nan_to_num(largest, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _stretches(
+    documents: PackedDocuments, query: torch.Tensor, heads: int
+) -> Iterator[tuple[int, int, int, int, torch.Tensor]]:
+    """(first query, end, first key, end, bool[queries, keys] of which key each may attend to)."""
+    queries, mask = query.size(0), documents.mask
+    if mask is not None:
+        size = _size(heads * mask.size(1))
+        for begin in range(0, queries, size):
+            yield begin, min(begin + size, queries), 0, mask.size(1), mask[begin : begin + size]
+        return
+    lengths, edges = documents.lengths, [0, *accumulate(documents.lengths)]
+    starts = documents.cu_seqlens_q[:-1].repeat_interleave(
+        torch.diff(documents.cu_seqlens_q), output_size=queries
+    )  # int32[queries]: where each one's document begins
+    place = torch.arange(queries, dtype=torch.int32, device=query.device)
+    size = _size(heads * min(queries, max(lengths) + QUERIES))
+    for begin in range(0, queries, size):
+        end = min(begin + size, queries)
+        first = edges[bisect_right(edges, begin) - 1]
+        seen = place[first:end]
+        allowed = (seen >= starts[begin:end, None]) & (seen <= place[begin:end, None])
+        yield begin, end, first, end, allowed
+
+
+def _size(logits_of_a_query: int) -> int:
+    return max(16, min(QUERIES, LOGITS // logits_of_a_query))
