@@ -12,10 +12,11 @@ from itertools import accumulate
 
 import torch
 
+from parallel import accelerator
 from parallel.attention import PackedDocuments
 
-QUERIES = 256
-"""Queries at a time: enough to fill a device, few enough that little above the diagonal is computed."""
+QUERIES = 512 if accelerator.has_gpu() else 64
+"""Queries at a time: few enough that little is computed that no query sees, enough to be worth a GPU's kernels."""
 LOGITS = 1 << 26
 """Logits held at once: 128 MiB in half precision."""
 
