@@ -18,10 +18,10 @@ Dynamics = dict[str, float | dict[str, float]]
 class Measurement:
     """Watches the forward and backward passes and the update of one step, while it is open.
 
-        with Measurement(chunks, optimizer, layout, ranks, microbatches) as measurement:
-            ...      # the schedule, with measurement.during(forward_step)
-            ...      # the update, which calls before_update and after_update
-        record |= measurement.values(noise_scale)
+    with Measurement(chunks, optimizer, layout, ranks, microbatches) as measurement:
+        ...      # the schedule, with measurement.during(forward_step)
+        ...      # the update, which calls before_update and after_update
+    record |= measurement.values(noise_scale)
     """
 
     def __init__(

@@ -93,7 +93,9 @@ METRICS: Final = (
     ),
     Metric("query_norm", "gauge", "1", "mean length of a head's query vector", "headrace_query_norm", "layer"),
     Metric("key_norm", "gauge", "1", "mean length of a head's key vector", "headrace_key_norm", "layer"),
-    Metric("block_output_rms", "gauge", "1", "RMS of the residual stream after it", "headrace_block_output_rms", "layer"),
+    Metric(
+        "block_output_rms", "gauge", "1", "RMS of the residual stream after it", "headrace_block_output_rms", "layer"
+    ),
     Metric(
         "output_logit_mean",
         "gauge",

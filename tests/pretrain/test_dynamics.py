@@ -3,8 +3,11 @@
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import child_process
 import numpy as np
 import pytest
 import torch
@@ -12,16 +15,19 @@ import torch.nn.functional as F
 from process_group import run_ranks
 from tiny_run import BATCH, tiny_batch, tiny_config, tiny_state
 
+from data_scheduler import DataConfig
 from headrace.errors import ConfigError
 from parallel import process_groups
 from parallel.attention import pack_documents
 from parallel.layout import Layout
+from pretrain.checkpoint import read_meta
 from pretrain.config import ModelConfig, RunConfig, validate_config
 from pretrain.dynamics import NoiseScale
 from pretrain.dynamics import attention as logits_of_attention
 from pretrain.dynamics.attention import largest_logit
 from pretrain.dynamics.noise_scale import MATRICES, Noise, estimate
-from pretrain.metrics import METRICS
+from pretrain.loop import train
+from pretrain.metrics import METRICS, read_records
 from pretrain.step import evaluate_step, train_step
 
 Values = dict[str, Any]
@@ -197,9 +203,7 @@ def test_values_are_those_of_a_float64_model_written_out() -> None:
         "key_norm": {layer: float(torch.cat(seen["k", layer]).mean()) for layer in layers},
         "block_output_rms": {layer: rms(seen["x", layer]) for layer in layers},
         "output_logit_mean": float(torch.cat(seen["logits"]).mean()),
-        "mlp_gradient_rms": {
-            layer: rms([total[f"decoder.layers.{layer}.mlp.linear_fc1.weight"]]) for layer in layers
-        },
+        "mlp_gradient_rms": {layer: rms([total[f"decoder.layers.{layer}.mlp.linear_fc1.weight"]]) for layer in layers},
     }
     for name, of in (
         ("weight_rms", before),
@@ -365,6 +369,33 @@ def test_every_value_is_in_the_list_of_metrics() -> None:
     for name, value in values.items():
         assert listed[name].exported
         assert (listed[name].label == "layer") == isinstance(value, dict), name
+
+
+def test_a_resumed_run_records_what_an_uninterrupted_one_does(
+    data_config: Callable[..., DataConfig], tmp_path: Path
+) -> None:
+    def run(name: str, steps: int) -> tuple[list[Values], Values]:
+        raw = tiny_config("llama", num_layers=2, hidden_size=32, ffn_hidden_size=64).model_dump()
+        raw["run"]["dir"] = str(tmp_path / name)
+        raw["data"] = data_config(seq_len=32, global_batch_size=8, lanes=8).model_dump()
+        raw["optimizer"]["schedule"] = "constant"
+        raw["train"] |= {"steps": steps, "threads": 1, "eval_sequences": 0}
+        raw["metrics"] |= {"progress": False, "dynamics": {"every": 2}}
+        raw["model"]["vocab_size"] = None
+        log = tmp_path / f"{name}.log"
+        assert child_process.run(lambda: train(validate_config(raw, name)), log) == 0, log.read_text()
+        checkpoint = read_meta(tmp_path / name / "checkpoints" / f"step-{steps:08d}")
+        return list(read_records(tmp_path / name / "metrics.jsonl")), checkpoint["noise_scale"]
+
+    timed = {"tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes"}
+    whole, averages = run("whole", 5)
+    run("again", 3)
+    again, resumed = run("again", 5)
+    assert averages["variance"] > 0.0
+    assert resumed == averages
+    for mine, theirs in zip(again, whole, strict=True):
+        assert {key: mine[key] for key in mine.keys() - timed} == {key: theirs[key] for key in theirs.keys() - timed}
+        assert ("query_norm" in mine) == (mine["step"] % 2 == 0)
 
 
 def test_a_selection_cannot_be_measured() -> None:
