@@ -61,8 +61,12 @@ other record is a training step.
 - A resumed run does the steps after its checkpoint again. The records they replace move to
   `metrics.superseded.jsonl`, so that `metrics.jsonl` has each step once.
 
-In wandb and TensorBoard, training values are called `train/<name>` (per source `train/<name>/<source>`) and held-out
-losses `val/loss/<source>`. In Prometheus every value has the label `run`, values per source also `source`.
+Values per layer come in measured steps only, every `metrics.dynamics.every`; layers are called `0`, `1`, …, and besides
+them `embedding`, `final_norm` and `output`. [Watch the model](how-to/watch-the-model.md) says what to look for.
+
+In wandb and TensorBoard, training values are called `train/<name>` (per source or layer `train/<name>/<source>`) and
+held-out losses `val/loss/<source>`. In Prometheus every value has the label `run`, values per source or layer also
+`source` or `layer`.
 """
 
 
@@ -165,7 +169,7 @@ def metrics() -> str:
     rows = [
         (
             f"`{metric.name}`",
-            "per source" if metric.per_source else "one value",
+            f"per {metric.label}" if metric.label else "one value",
             metric.unit,
             metric.meaning,
             f"`{metric.exported}{'_total' if metric.kind in ('counter', 'sum') else ''}`" if metric.exported else "",

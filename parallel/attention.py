@@ -85,11 +85,18 @@ def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
 class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Core attention over `PackedDocuments`: rotary embedding, then softmax(q·kᵀ/√d)·v within each document.
 
     Fewer key/value than query heads (GQA, arXiv 2305.13245) are allowed.
     """
+
+    observer: Callable[[Pair, Pair, PackedDocuments], None] | None = None
+    """Is shown, in measured steps (`pretrain.dynamics`), the queries and keys of this rank's tokens and those that it
+    multiplies; they differ under context parallelism."""
 
     def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -112,21 +119,19 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         assert documents.sin is not None
         query = rotate(query, documents.cos, documents.sin)
         key = rotate(key, documents.cos, documents.sin)
-        share = documents.share
-        if share is not None and share.method == "all_to_all":
+        own, share = (query, key), documents.share
+        swaps = share is not None and share.method == "all_to_all"
+        if share is not None and swaps:
             query, key, value = tokens_to_heads(query, key, value, share, self.cp_group)
-            out = heads_to_tokens(self._attend(query, key, value, documents), share, self.cp_group)
-        else:
-            if share is not None:
-                key, value = gather_keys(key, value, share, self.cp_group)
-            out = self._attend(query, key, value, documents)
-        return out.reshape(out.size(0), -1)
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments
-    ) -> torch.Tensor:
+        elif share is not None:
+            key, value = gather_keys(key, value, share, self.cp_group)
+        if self.observer is not None:
+            self.observer(own, (query, key), documents)
         kernel = _varlen_kernel(query.dtype) or _piece_by_piece
-        return kernel(query, key, value, documents, self.softmax_scale)
+        out = kernel(query, key, value, documents, self.softmax_scale)
+        if share is not None and swaps:
+            out = heads_to_tokens(out, share, self.cp_group)
+        return out.reshape(out.size(0), -1)
 
 
 def active_kernel(dtype: torch.dtype) -> str:

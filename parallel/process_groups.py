@@ -176,6 +176,24 @@ def sum_over_replicas(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed in place over all processes."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def largest_over_all(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest of all processes, element by element, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def sum_over_context_parallel(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed in place over the ranks that hold parts of the same sequences."""
+    dist.all_reduce(tensor, group=parallel_state.get_context_parallel_group())
+    return tensor
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """`source`'s picklable `value`, on every process."""
     values = [value]

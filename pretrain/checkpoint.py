@@ -144,6 +144,8 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
         _load(path, wanted, state)
         optimizer = _reading(path, lambda: load_from_other_form(path, other_form, now, there))
     restore_optimizer(state, optimizer)
+    if "noise_scale" in meta:  # older checkpoints have none
+        state.noise_scale.load(meta["noise_scale"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     # Fields of a layout that came after the checkpoint have their defaults there.
     same_layout = asdict(Layout(1)) | meta["layout"] == asdict(state.layout)
@@ -283,6 +285,7 @@ def _finish(partial: Path, final: Path, state: TrainState, data_state: Mapping[s
             **{key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
             "rope_scaling": scaling and scaling.model_dump(),
         },
+        "noise_scale": state.noise_scale.state(),
         "config": state.config.model_dump(mode="json"),
     }
     publish(partial, final, meta)

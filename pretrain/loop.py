@@ -220,6 +220,8 @@ class Run:
         batch = next(self.scheduler)
         shape = self.scheduler.plan.shape
         stage = self.state.stage = settings_of(self.config, shape.at(batch.step))
+        every = self.config.metrics.dynamics.every
+        self.state.measured = bool(every) and batch.step % every == 0
         size = stage.micro_batch_size
         microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
         lr = learning_rate(self.config, shape, batch.step) * stage.lr_scale * scale
@@ -260,6 +262,8 @@ class Run:
             record["loss_scale"] = result.loss_scale
         if result.selected is not None:
             record |= selection_record(result.selected, self.scheduler.names)
+        if result.dynamics is not None:
+            record |= result.dynamics
         for sink in sinks:
             sink.write(record)
         if self.ranks.rank == 0:

@@ -26,6 +26,7 @@ from parallel.whole_parameter_optimizer import Part, WholeParameterOptimizer
 from pretrain.config import RunConfig
 from pretrain.config.training import OptimizerConfig
 from pretrain.data_parallel import wrap
+from pretrain.dynamics import Measurement
 from pretrain.models.gpt import DTYPES, LanguageModel
 from pretrain.parameter_groups import overrides
 
@@ -125,7 +126,11 @@ def _muon(config: RunConfig, groups: Groups, names: Mapping[torch.nn.Parameter, 
 
 
 def update(
-    optimizer: Any, config: OptimizerConfig, lr: float, frozen: Sequence[torch.Tensor] = ()
+    optimizer: Any,
+    config: OptimizerConfig,
+    lr: float,
+    frozen: Sequence[torch.Tensor] = (),
+    measurement: Measurement | None = None,
 ) -> tuple[float, bool]:
     """Clip the gradients and apply them at `lr`: (gradient norm before clipping, whether the update was skipped).
     `frozen` (see `pretrain.trainable`) count in no norm and stay as they are.
@@ -139,6 +144,8 @@ def update(
     optimizer.prepare_grads()
     for parameter in frozen:
         parameter.grad = None  # such a parameter is passed over by the norm, by clipping and by the update
+    if measurement is not None:
+        measurement.before_update()
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
         return grad_norm, True
@@ -146,6 +153,8 @@ def update(
         if config.clip_grad > 0.0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, max_norm=config.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
+    if measurement is not None:
+        measurement.after_update()
     return grad_norm, False
 
 

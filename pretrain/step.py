@@ -1,7 +1,8 @@
 """One training step, on one screen: micro-batches in, updated weights and exact per-source losses out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from parallel.engine import get_forward_backward_func
 from parallel.layout import Layout
 from parallel.process_groups import Ranks
 from pretrain.config import RunConfig
+from pretrain.dynamics import Dynamics, Measurement, NoiseScale
 from pretrain.loss import FIXED_POINT, loss_function
 from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
@@ -42,6 +44,10 @@ class TrainState:
     num_sources: int
     stage: StageSettings
     """What holds for the step at hand; between two steps, for the one before."""
+    measured: bool = False
+    """The step at hand is measured (`metrics.dynamics`)."""
+    noise_scale: NoiseScale = field(default_factory=NoiseScale)
+    """Moving averages over measured steps."""
 
     @property
     def stored(self) -> list[Any]:
@@ -67,6 +73,8 @@ class StepResult:
     """What was trained on, where `train.selection` chose among the batch."""
     loss_scale: float = 1.0
     """Factor of the loss in the step's backward pass; other than 1 with fp16 only."""
+    dynamics: Dynamics | None = None
+    """What was measured inside the model, in a step that is measured."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,19 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False)
     scale = loss_scale(state.optimizer)  # that of this step; the update adapts it for the next
-    still = frozen(state.stored, state.optimizer, state.stage.trainable)
-    grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still)
+    measurement = None
+    if state.measured:
+        measurement = Measurement(
+            state.chunks, state.stored, state.optimizer, state.layout, state.ranks, microbatches, scale
+        )
+    with measurement or nullcontext():
+        loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False, measurement=measurement)
+        still = frozen(state.stored, state.optimizer, state.stage.trainable)
+        grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still, measurement)
+    dynamics = measurement.values(state.noise_scale) if measurement else None
     loss = float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
-    return StepResult(loss, grad_norm, loss_sums, tokens, skipped, loss_scale=scale)
+    return StepResult(loss, grad_norm, loss_sums, tokens, skipped, loss_scale=scale, dynamics=dynamics)
 
 
 @torch.no_grad()
@@ -127,9 +142,14 @@ def evaluate_step(
     return loss_sums, tokens
 
 
-def _run(state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bool) -> npt.NDArray[np.int64]:
+def _run(
+    state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bool, measurement: Measurement | None = None
+) -> npt.NDArray[np.int64]:
     """The rows of a `SourceLoss`, int64[3, sources], summed over all micro-batches and ranks."""
-    reports = run_schedule(state, microbatches, partial(_forward_step, state.num_sources), forward_only)
+    forward_step: Callable[..., Any] = partial(_forward_step, state.num_sources)
+    if measurement is not None:
+        forward_step = measurement.during(forward_step)
+    reports = run_schedule(state, microbatches, forward_step, forward_only)
     total = torch.zeros(3, state.num_sources, dtype=torch.int64, device=accelerator.device())
     for report in reports:  # empty but on the last pipeline stage
         total += report

@@ -8,7 +8,7 @@
 from pretrain.config.load import config_schema, dump_config, load_config, load_data_config, validate_config
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.run import RunConfig, RunSection, RunStage
-from pretrain.config.services import ControlConfig, MetricsConfig, PrometheusConfig, WandbConfig
+from pretrain.config.services import ControlConfig, DynamicsConfig, MetricsConfig, PrometheusConfig, WandbConfig
 from pretrain.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -21,6 +21,7 @@ from pretrain.config.training import (
 __all__ = [
     "CheckpointConfig",
     "ControlConfig",
+    "DynamicsConfig",
     "KernelsConfig",
     "MetricsConfig",
     "ModelConfig",

@@ -60,6 +60,15 @@ class RunConfig(StrictModel):
     metrics: MetricsConfig = MetricsConfig()
     control: ControlConfig = ControlConfig()
 
+    @model_validator(mode="after")
+    def _measured_steps_are_whole(self) -> "RunConfig":
+        if self.metrics.dynamics.every and self.train.selection is not None:
+            raise ValueError(
+                "metrics.dynamics.every: a step of train.selection holds padding, how much depends on the layout, "
+                "and it would be measured too; set it to 0"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _data_has_its_stages(cls, raw: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from data_scheduler.config import StrictModel
+from pretrain.config.numbers import NonNegative
 
 
 class WandbConfig(StrictModel):
@@ -24,6 +25,14 @@ class PrometheusConfig(StrictModel):
     """Bearer token a scraper must send; empty: none needed (loopback only)."""
 
 
+class DynamicsConfig(StrictModel):
+    """Numbers from inside the model: attention logits, norms of queries and block outputs, weights, gradients and
+    updates by layer, gradient-noise scale."""
+
+    every: NonNegative = 0
+    """Measure every so many steps, from step 0 on; 0: never. Steps in between cost nothing more."""
+
+
 class MetricsConfig(StrictModel):
     """Where metrics go besides `metrics.jsonl`, which is always written."""
 
@@ -32,6 +41,7 @@ class MetricsConfig(StrictModel):
     prometheus: PrometheusConfig = PrometheusConfig()
     progress: bool = True
     """Progress bar on a terminal, plain lines elsewhere."""
+    dynamics: DynamicsConfig = DynamicsConfig()
 
 
 class ControlConfig(StrictModel):

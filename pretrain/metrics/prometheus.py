@@ -116,9 +116,9 @@ class _Values:
                 value = record.get(metric.name)
                 if not metric.exported or value is None:
                     continue
-                by_source = value if metric.per_source else {"": value}
+                values = value if metric.label else {"": value}
                 old = self._values.get(metric.name, {}) if metric.kind == "sum" else {}
-                self._values[metric.name] = {**old, **{key: old.get(key, 0) + by_source[key] for key in by_source}}
+                self._values[metric.name] = {**old, **{key: old.get(key, 0) + values[key] for key in values}}
 
     def collect(self) -> Iterator[Any]:
         """Metric families for one scrape."""
@@ -142,9 +142,9 @@ class _Values:
 
         kind = GaugeMetricFamily if metric.kind == "gauge" else CounterMetricFamily
         text = f"{metric.meaning} ({metric.unit})"
-        family = kind(metric.exported, text, labels=["run", "source"] if metric.per_source else ["run"])
-        for source, value in self._values[metric.name].items():
-            family.add_metric([self._run, source] if metric.per_source else [self._run], float(value))
+        family = kind(metric.exported, text, labels=["run", metric.label] if metric.label else ["run"])
+        for key, value in self._values[metric.name].items():
+            family.add_metric([self._run, key] if metric.label else [self._run], float(value))
         return family
 
 

@@ -31,8 +31,8 @@ class Metric:
     meaning: str
     exported: str = ""
     """Name in Prometheus, without the `_total` that counters get; empty: not exported."""
-    per_source: bool = False
-    """The value is a mapping from source name to number."""
+    label: str = ""
+    """The value is a mapping from this to number: `source`, or `layer` (`"0"`, …, `"embedding"`, `"output"`)."""
 
 
 METRICS: Final = (
@@ -64,15 +64,15 @@ METRICS: Final = (
     Metric("data_wait_s", "gauge", "s", "time the step waited for its batch", "headrace_data_wait_seconds"),
     Metric("peak_memory_bytes", "gauge", "bytes", "largest device memory of a rank", "headrace_peak_memory_bytes"),
     Metric("batch_sha256", "text", "", "SHA-256 of the step's global batch, the same for every layout"),
-    Metric("source_loss", "gauge", "nats/token", "mean loss of each source", "headrace_source_loss", True),
-    Metric("source_tokens", "sum", "tokens", "the step's target tokens by source", "headrace_source_tokens", True),
+    Metric("source_loss", "gauge", "nats/token", "mean loss of each source", "headrace_source_loss", "source"),
+    Metric("source_tokens", "sum", "tokens", "the step's target tokens by source", "headrace_source_tokens", "source"),
     Metric(
         "trained_tokens",
         "sum",
         "tokens",
         "with `train.selection`: those of `source_tokens` whose loss was minimised",
         "headrace_trained_tokens",
-        True,
+        "source",
     ),
     Metric(
         "batch_documents",
@@ -80,7 +80,7 @@ METRICS: Final = (
         "documents",
         "with `train.selection`: documents of the step's batch, one that is cut once a sequence",
         "headrace_batch_documents",
-        True,
+        "source",
     ),
     Metric(
         "trained_documents",
@@ -88,9 +88,63 @@ METRICS: Final = (
         "documents",
         "with `train.selection`: those of `batch_documents` that were trained on",
         "headrace_trained_documents",
-        True,
+        "source",
     ),
-    Metric("val_loss", "gauge", "nats/token", "mean loss on each source's held-out text", "headrace_val_loss", True),
+    Metric(
+        "max_attention_logit",
+        "gauge",
+        "1",
+        "largest q·k/√d of the block's attention, over all heads and every pair of tokens that attend",
+        "headrace_max_attention_logit",
+        "layer",
+    ),
+    Metric("query_norm", "gauge", "1", "mean length of a head's query vector", "headrace_query_norm", "layer"),
+    Metric("key_norm", "gauge", "1", "mean length of a head's key vector", "headrace_key_norm", "layer"),
+    Metric(
+        "block_output_rms", "gauge", "1", "RMS of the residual stream after it", "headrace_block_output_rms", "layer"
+    ),
+    Metric(
+        "output_logit_mean",
+        "gauge",
+        "1",
+        "mean of the output logits, over all tokens and the whole (padded) vocabulary",
+        "headrace_output_logit_mean",
+    ),
+    Metric(
+        "mlp_gradient_rms",
+        "gauge",
+        "1",
+        "RMS of the gradient of the weight of the MLP's first layer, before clipping",
+        "headrace_mlp_gradient_rms",
+        "layer",
+    ),
+    Metric("weight_rms", "gauge", "1", "RMS of the weights before the update", "headrace_weight_rms", "layer"),
+    Metric("gradient_rms", "gauge", "1", "RMS of the gradient before clipping", "headrace_gradient_rms", "layer"),
+    Metric("update_rms", "gauge", "1", "RMS of what the update adds to the weights", "headrace_update_rms", "layer"),
+    Metric(
+        "gradient_variance",
+        "gauge",
+        "1",
+        "estimate of tr Σ, the noise in one token's gradient, of the blocks' matrices",
+        "headrace_gradient_variance",
+    ),
+    Metric(
+        "gradient_signal",
+        "gauge",
+        "1",
+        "estimate of the squared norm of the true gradient, of the same; may be below 0",
+        "headrace_gradient_signal",
+    ),
+    Metric(
+        "noise_scale",
+        "gauge",
+        "tokens",
+        "gradient-noise scale: the ratio of moving averages of the two",
+        "headrace_noise_scale",
+    ),
+    Metric(
+        "val_loss", "gauge", "nats/token", "mean loss on each source's held-out text", "headrace_val_loss", "source"
+    ),
 )
 
 
