@@ -115,7 +115,7 @@ class Ul2Objective(StrictModel):
     """As for `span_corruption` and `prefix_lm`."""
     sentinel: str = "<extra_id_{}>"
     """Name of the special tokens that stand for spans; `{}` counts from 0."""
-    mode_tokens: tuple[str, str, str] | None = ("[R]", "[S]", "[X]")
+    mode_tokens: Annotated[list[str], Field(min_length=3, max_length=3)] | None = ["[R]", "[S]", "[X]"]
     """Special tokens of the modes R, S and X; null: none, so that the model is not told."""
     bidirectional: bool = True
     """Whether inputs are seen in both directions, as in UL2's decoder; else only their loss is left out."""
@@ -128,7 +128,7 @@ class Ul2Objective(StrictModel):
     @property
     def denoisers(self) -> list[SpanCorruptionObjective | PrefixLmObjective]:
         """The seven."""
-        r, s, x = self.mode_tokens or (None, None, None)
+        r, s, x = (None, None, None) if self.mode_tokens is None else self.mode_tokens
         weight = self.weight / (len(UL2_DENOISERS) + 1)
         common = {"weight": weight, "context_tokens": self.context_tokens, "bidirectional": self.bidirectional}
         spans = [

@@ -68,8 +68,8 @@ def find_sentinels(config: SpanCorruptionObjective, encoder: Encoder, source: st
             raise ConfigError(
                 f"source {source!r}: objectives: span_corruption at rate {config.rate:g} with mean_span "
                 f"{config.mean_span:g} takes up to {needed} sentinels for {config.context_tokens} tokens, the "
-                f"tokenizer has {len(found)} special tokens {config.sentinel}; train one with `headrace tokenizer train --special-token`, name its own as "
-                "`sentinel`, or lower context_tokens"
+                f"tokenizer has {len(found)} special tokens {config.sentinel}; train one with `headrace tokenizer "
+                "train --special-token`, name its own as `sentinel`, or lower context_tokens"
             )
         found.append(number)
     return found

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data_scheduler.objectives.config import PrefixLmObjective, SpanCorruptionObjective, Ul2Objective
 from data_scheduler.objectives.prefix_lm import PrefixLm, prefix_length
-from data_scheduler.objectives.span_corruption import Spans, SpanCorruption, corrupt, piece_tokens, spans_of
+from data_scheduler.objectives.span_corruption import SpanCorruption, Spans, corrupt, piece_tokens, spans_of
 from data_scheduler.order import draws
 from headrace.errors import ConfigError
 
@@ -113,7 +113,7 @@ def test_the_budget_is_used_up() -> None:
 
 
 def test_too_few_sentinels_are_told_with_their_number() -> None:
-    with pytest.raises(ConfigError, match=r"source 's': .* takes up to 20 sentinels for 512 tokens, .* has 7 ") as told:
+    with pytest.raises(ConfigError, match=r"source 's': .* takes up to 23 sentinels for 512 tokens, .* has 7 ") as told:
         SpanCorruption(objective(), Special(7), "s")
     assert "\n" not in str(told.value)
     with pytest.raises(ConfigError, match=r"mode token '\[X\]' is no special token"):
