@@ -137,6 +137,16 @@ class Batch:
         return self._layout[1]
 
     @property
+    def document_prefix_lengths(self) -> Int64:
+        """int64[documents]: tokens at the begin of each `cu_seqlens` segment that see one another both ways."""
+        width = self.tokens.shape[1] - 1
+        found = [np.zeros(0, np.int64)]
+        for starts, prefixes in zip(self.starts, self.prefix_lengths, strict=True):
+            seen = starts < width
+            found.append(np.zeros(int(seen.sum()), np.int64) if prefixes is None else prefixes[seen])
+        return np.concatenate(found)
+
+    @property
     def position_ids(self) -> Int64:
         """int64[b, seq_len]: positions, from 0 at each document's first token in the sequence."""
         return self._layout[2]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from parallel import accelerator
+from headrace.errors import LayoutError
+from parallel import accelerator, prefix_attention
 from parallel.engine import MegatronModule, PackedSeqParams, gather_from_sequence_parallel_region
 from parallel.rotary import rotary_table, rotate
 
@@ -35,6 +36,8 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
     sin: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     """bool[local queries, gathered keys], only under context parallelism."""
+    prefixes: prefix_attention.Prefixes | None = None
+    """Where tokens see later ones; None: nowhere."""
 
 
 def pack_documents(
@@ -46,17 +49,26 @@ def pack_documents(
     dtype: torch.dtype,
     token_index: torch.Tensor | None = None,
     gathered_index: torch.Tensor | None = None,
+    prefix_lengths: torch.Tensor | None = None,
 ) -> PackedDocuments:
     """What attention needs of the documents that end at `cu_seqlens[1:]` (int32[documents + 1], on the CPU).
 
     `position_ids` (int64[local tokens]) are positions within documents, below `max_position`; they are on the device.
     Under context parallelism `token_index` (int64[local tokens]) says which tokens of the micro-batch this rank
     holds, and `gathered_index` (int64[tokens]) which ones an all-gather over the context-parallel ranks brings, in
-    its order.
+    its order. `prefix_lengths` (int32[documents], on the CPU) are tokens at the begin of documents that see one another
+    in both directions; there are none under context parallelism.
     """
     cos, sin = rotary_table(max_position, head_size, rope_base, dtype, position_ids.device)
     lengths: list[int] = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    mask = None
+    mask = prefixes = None
+    if prefix_lengths is not None:
+        if token_index is not None:
+            raise LayoutError(
+                "parallel.context_parallel_size: objectives whose input is seen in both directions need it to be 1; "
+                "set it to 1, or `bidirectional: false` on them"
+            )
+        prefixes = prefix_attention.find_prefixes(lengths, prefix_lengths.tolist(), position_ids.device)
     if token_index is not None and gathered_index is not None:
         document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         same = document[token_index][:, None] == document[gathered_index][None]
@@ -73,6 +85,7 @@ def pack_documents(
         cos=cos[position_ids].unsqueeze(1),
         sin=sin[position_ids].unsqueeze(1),
         mask=mask,
+        prefixes=prefixes,
     )
 
 
@@ -116,6 +129,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         if documents.mask is not None:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
             out = _dense(query, key, value, documents.mask, self.softmax_scale)
+        elif documents.prefixes is not None:
+            out = _with_prefixes(query, key, value, documents, documents.prefixes, self.softmax_scale)
         elif (varlen := _varlen_kernel(query.dtype)) is not None:
             out = varlen(query, key, value, documents, self.softmax_scale)
         else:
@@ -173,6 +188,20 @@ def _torch_varlen(
         enable_gqa=query.size(1) != key.size(1),
     )
     return out
+
+
+def _with_prefixes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: PackedDocuments,
+    prefixes: prefix_attention.Prefixes,
+    scale: float | None,
+) -> torch.Tensor:
+    if _varlen_kernel(query.dtype) is None:
+        return prefix_attention.by_document(query, key, value, documents.lengths, prefixes, scale)
+    cu_seqlens, longest = documents.cu_seqlens_q, documents.max_seqlen_q
+    return prefix_attention.varlen(query, key, value, cu_seqlens, longest, prefixes, scale)
 
 
 def _document_by_document(

@@ -209,7 +209,9 @@ class Run:
         batch = next(self.scheduler)
         stage = self.state.stage = settings_of(self.config, self.scheduler.plan.shape.at(batch.step))
         size = stage.micro_batch_size
-        microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
+        microbatches = split_batch(
+            batch.tokens, batch.starts, batch.source_ids, size, batch.weights, batch.prefix_lengths
+        )
         lr = learning_rate(batch.step, self.config.optimizer, self.config.train.steps) * stage.lr_scale * scale
         if self.selection is None:
             result = train_step(self.state, microbatches, lr)

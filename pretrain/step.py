@@ -190,6 +190,7 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             DTYPES[state.config.train.precision],
             held,
             gathered,
+            microbatch.prefix_lengths,
         ),
         tokens=tokens,
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from data_scheduler.config import DataConfig, Stage, StrictModel, with_stages
+from data_scheduler.objectives.config import sees_ahead
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
 from pretrain.config.services import ControlConfig, MetricsConfig
@@ -48,6 +49,17 @@ class RunConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     control: ControlConfig = ControlConfig()
+
+    @model_validator(mode="after")
+    def _layout_can_see_ahead(self) -> "RunConfig":
+        if self.parallel.context_parallel_size > 1:
+            for source in self.data.sources:
+                if sees_ahead(self.data.objectives_of(source)):
+                    raise ValueError(
+                        f"data.objectives: those of source {source.name} see their input in both directions, which "
+                        "needs parallel.context_parallel_size 1; set `bidirectional: false` on them"
+                    )
+        return self
 
     @model_validator(mode="before")
     @classmethod
