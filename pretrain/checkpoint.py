@@ -180,6 +180,7 @@ def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict
     """
     free = {"init_std", "z_loss", "max_z_loss", "rope_base", "norm_eps", "vocab_size"}
     model = {key: value for key, value in config.model_dump().items() if key not in free}
+    model["mtp"] = None if config.mtp is None else config.mtp.depth
     return model | {"vocab_size": vocab_size, "precision": precision}
 
 

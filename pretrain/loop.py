@@ -246,6 +246,8 @@ class Run:
             "source_loss": losses,
             "source_tokens": tokens,
         }
+        if result.mtp_loss is not None:
+            record["mtp_loss"] = result.mtp_loss
         if result.selected is not None:
             record |= selection_record(result.selected, self.scheduler.names)
         for sink in sinks:

@@ -16,9 +16,10 @@ from parallel.engine import get_forward_backward_func
 from parallel.layout import Layout
 from parallel.process_groups import Ranks
 from pretrain.config import RunConfig
-from pretrain.loss import FIXED_POINT, loss_function
+from pretrain.loss import FIXED_POINT, loss_function, loss_with_heads
 from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
+from pretrain.models.multi_token import AheadLabels, labels_ahead
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, update
 from pretrain.stages import StageSettings, first_settings
@@ -57,6 +58,8 @@ class StepResult:
     """The gradient was not finite, so the weights were left alone."""
     selected: "Selected | None" = None
     """What was trained on, where `train.selection` chose among the batch."""
+    mtp_loss: float | None = None
+    """Mean loss of the multi-token heads, over all they had to predict; None without them."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,13 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False)
+    loss_sums, tokens, not_finite, *heads = _run(state, microbatches, forward_only=False)
     grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr)
     loss = float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
-    return StepResult(loss, grad_norm, loss_sums, tokens, skipped)
+    mtp_loss = None
+    if heads:
+        mtp_loss = float("nan") if heads[2].any() else int(heads[0].sum()) / FIXED_POINT / max(1, int(heads[1].sum()))
+    return StepResult(loss, grad_norm, loss_sums, tokens, skipped, mtp_loss=mtp_loss)
 
 
 @torch.no_grad()
@@ -115,9 +121,13 @@ def evaluate_step(
 
 
 def _run(state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bool) -> npt.NDArray[np.int64]:
-    """The rows of a `SourceLoss`, int64[3, sources], summed over all micro-batches and ranks."""
-    reports = run_schedule(state, microbatches, partial(_forward_step, state.num_sources), forward_only)
-    total = torch.zeros(3, state.num_sources, dtype=torch.int64, device=accelerator.device())
+    """The rows of a `SourceLoss`, int64[3, sources], summed over all micro-batches and ranks; in training with
+    multi-token heads three more, likewise of these."""
+    mtp = None if forward_only else state.config.model.mtp
+    weight = None if mtp is None else mtp.loss_weight
+    reports = run_schedule(state, microbatches, partial(_forward_step, state.num_sources, weight), forward_only)
+    rows = 3 if mtp is None else 6
+    total = torch.zeros(rows, state.num_sources, dtype=torch.int64, device=accelerator.device())
     for report in reports:  # empty but on the last pipeline stage
         total += report
     process_groups.sum_over_data_parallel(total)
@@ -159,6 +169,8 @@ class Placed:
     documents: PackedDocuments
     tokens: int
     """Tokens of the whole micro-batch."""
+    ahead: AheadLabels | None
+    """What multi-token heads predict; None without them."""
 
 
 def place(microbatch: MicroBatch, state: TrainState) -> Placed:
@@ -174,6 +186,11 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
         return (tensor if held is None else tensor[..., held]).to(device, non_blocking=True)
 
     position_ids = local(microbatch.position_ids)
+    ahead = None
+    if model.mtp is not None:
+        whole = labels_ahead(microbatch, model.mtp.depth)
+        weights = None if whole.loss_weights is None else local(whole.loss_weights)
+        ahead = AheadLabels(local(whole.labels), local(whole.loss_mask), weights)
     return Placed(
         input_ids=local(microbatch.input_ids),
         labels=local(microbatch.labels),
@@ -193,15 +210,25 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             microbatch.prefix_lengths,
         ),
         tokens=tokens,
+        ahead=ahead,
     )
 
 
-def _forward_step(num_sources: int, inputs: Iterator[Placed], model: Any) -> tuple[Any, Any]:
+def _forward_step(num_sources: int, head_weight: float | None, inputs: Iterator[Placed], model: Any) -> tuple[Any, Any]:
     """What megatron's schedules call: a model chunk's output for the next micro-batch, and the loss of that output."""
     batch = next(inputs)
-    output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.documents)
+    labels, loss = batch.labels, loss_function
+    if head_weight is not None and batch.ahead is not None:
+        labels = torch.cat([labels, batch.ahead.labels])
+        loss = partial(
+            loss_with_heads,
+            head_mask=batch.ahead.loss_mask,
+            head_weights=batch.ahead.loss_weights,
+            head_weight=head_weight,
+        )
+    output = model(batch.input_ids, batch.position_ids, None, labels=labels, packed_seq_params=batch.documents)
     return output, partial(
-        loss_function,
+        loss,
         loss_mask=batch.loss_mask,
         loss_weights=batch.loss_weights,
         source_ids=batch.source_ids,

@@ -58,7 +58,8 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
         block += hidden + key_value + hidden + ffn * (2 if family.gated else 1) + hidden
     if has_qk_norm(config):
         block += 2 * head_size(config) * (2 if family.normalization == "LayerNorm" else 1)
-    return config.num_layers * block + norm + embeddings
+    heads = config.mtp.depth if config.mtp is not None else 0
+    return config.num_layers * block + norm + embeddings + heads * (block + norm)
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple[int, int]:
@@ -66,10 +67,12 @@ def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple
 
     6 for every weight of a matrix product, the output head's included and the input embedding's not, plus the attention
     scores: 12·layers·hidden·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only the
-    causal half is counted. Recomputation is not counted.
+    causal half is counted. Recomputation is not counted; multi-token heads are.
     """
-    matrices = config.num_layers * _matrix_parameters(config) + vocab_size * config.hidden_size
-    scores = 12 * config.num_layers * config.hidden_size * seq_len
+    heads = config.mtp.depth if config.mtp is not None else 0
+    layers = config.num_layers + heads
+    matrices = layers * _matrix_parameters(config) + (1 + heads) * vocab_size * config.hidden_size
+    scores = 12 * layers * config.hidden_size * seq_len
     return 6 * matrices + scores, 6 * matrices + scores // 2
 
 

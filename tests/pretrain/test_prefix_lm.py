@@ -107,7 +107,7 @@ def test_context_parallelism_is_refused_in_one_line() -> None:
     raw["data"]["objectives"] = [{"kind": "prefix_lm"}]
     validate_config(raw, "run.yaml")
     raw["parallel"]["context_parallel_size"] = 2
-    with pytest.raises(ConfigError, match="both directions, which needs parallel.context_parallel_size 1") as told:
+    with pytest.raises(ConfigError, match="both directions, which needs parallel") as told:
         validate_config(raw, "run.yaml")
     assert "\n" not in str(told.value)
     raw["data"]["objectives"][0]["bidirectional"] = False
