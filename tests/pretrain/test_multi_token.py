@@ -132,6 +132,17 @@ def test_every_layout_has_the_single_process_curve(name: str, tied: bool) -> Non
         assert result.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(recompute: str) -> None:
+    asked = tiny_config("llama", micro_batch_size=1, mtp=MTP, recompute=recompute)
+    for mine, reference in zip(tiny_steps(asked, Layout(1), 2), single_process(False), strict=True):
+        assert (mine.loss, mine.mtp_loss, mine.grad_norm) == (
+            reference.loss,
+            reference.mtp_loss,
+            reference.grad_norm,
+        )
+
+
 def saved(run_dir: Path, asked: RunConfig) -> None:
     """A run under tensor and sequence parallelism, saved after one step."""
     state = tiny_state(asked, LAYOUTS["tp2+sp"])
