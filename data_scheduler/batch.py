@@ -29,15 +29,35 @@ class Segments(NamedTuple):
     """int64[segments]: token of its document at which each segment begins."""
     weights: Float32 | None = None
     """float32[seq_len + 1]: weight of each token in the loss; None: all 1."""
+    prefix_lengths: Int64 | None = None
+    """int64[segments]: tokens at the begin of each segment that see one another in both directions; None where the
+    source's documents are all causal."""
+
+    def with_whole_prefixes(self, width: int) -> "Segments":
+        """A sequence of `width` tokens where prefixes that are cut by its end, or end with it, are causal: nothing that
+        they were read for follows them."""
+        if self.prefix_lengths is None:
+            return self
+        lengths = np.diff(np.append(self.starts, width))
+        return self._replace(prefix_lengths=np.where(self.prefix_lengths < lengths, self.prefix_lengths, 0))
 
 
-def sequence_digest(source_id: int, starts: Int32, tokens: bytes | memoryview, weights: Float32 | None = None) -> bytes:
+def sequence_digest(
+    source_id: int,
+    starts: Int32,
+    tokens: bytes | memoryview,
+    weights: Float32 | None = None,
+    prefix_lengths: Int64 | None = None,
+) -> bytes:
     """SHA-256 of a sequence, 32 bytes: source id, number of documents, their boundaries and token ids as little-endian
-    32-bit integers, then, where tokens have loss weights, these as 32-bit floats. `tokens` are such integers."""
+    32-bit integers, then, where tokens have loss weights, these as 32-bit floats, then, where documents may have
+    prefixes, `prefix` and their lengths. `tokens` are such integers."""
     digest = hashlib.sha256(_TWO_NUMBERS.pack(source_id, len(starts)) + starts.astype("<i4", copy=False).tobytes())
     digest.update(tokens)
     if weights is not None:
         digest.update(np.ascontiguousarray(weights, "<f4").data)
+    if prefix_lengths is not None:
+        digest.update(b"prefix" + prefix_lengths.astype("<i4").tobytes())
     return digest.digest()
 
 
@@ -81,6 +101,9 @@ class Batch:
     """int64[b]: place of each sequence in the global batch."""
     weights: list[Float32 | None]
     """Per sequence, the weight of each of its seq_len + 1 tokens in the loss; None where all are 1."""
+    prefix_lengths: list[Int64 | None]
+    """Per sequence, the tokens at the begin of each segment that see one another in both directions; None where the
+    source's documents are all causal."""
     exhausted: BoolArray
     """bool[sources]: whether every lane of this rank has given the source `max_epochs` times."""
     rejects: list[RejectedRecord] = field(default_factory=list)
@@ -93,10 +116,10 @@ class Batch:
         """Per sequence, its SHA-256."""
         words = self.tokens.astype("<u4").data.cast("B")
         size = 4 * self.tokens.shape[1]
-        rows = zip(self.source_ids.tolist(), self.starts, self.weights, strict=True)
+        rows = zip(self.source_ids.tolist(), self.starts, self.weights, self.prefix_lengths, strict=True)
         return [
-            sequence_digest(source, starts, words[row * size : (row + 1) * size], weights)
-            for row, (source, starts, weights) in enumerate(rows)
+            sequence_digest(source, starts, words[row * size : (row + 1) * size], weights, prefixes)
+            for row, (source, starts, weights, prefixes) in enumerate(rows)
         ]
 
     @cached_property
@@ -112,6 +135,16 @@ class Batch:
     def document_ids(self) -> Int64:
         """int64[documents]: the document of each `cu_seqlens` segment."""
         return self._layout[1]
+
+    @property
+    def document_prefix_lengths(self) -> Int64:
+        """int64[documents]: tokens at the begin of each `cu_seqlens` segment that see one another both ways."""
+        width = self.tokens.shape[1] - 1
+        found = [np.zeros(0, np.int64)]
+        for starts, prefixes in zip(self.starts, self.prefix_lengths, strict=True):
+            seen = starts < width
+            found.append(np.zeros(int(seen.sum()), np.int64) if prefixes is None else prefixes[seen])
+        return np.concatenate(found)
 
     @property
     def position_ids(self) -> Int64:

@@ -179,10 +179,14 @@ def _rearrange(tokens: AnyTokens, segments: Segments, pieces: list[Piece]) -> St
     weights = segments.weights
     if weights is not None:
         weights = np.concatenate([weights[begin:end] for begin, end in spans])
+    prefixes = segments.prefix_lengths
+    if prefixes is not None:
+        prefixes = prefixes[[piece.item for piece in pieces]]
     return Stretch(
         np.concatenate([tokens[begin:end] for begin, end in spans]),
         np.cumsum([0, *(piece.length for piece in pieces[:-1])]),
         segments.document_ids[[piece.item for piece in pieces]],
         np.array([offsets[item] + begin for item, begin, _ in pieces], np.int64),
         weights,
+        prefixes,
     )

@@ -93,7 +93,13 @@ def encode(reader: SourceReader, documents: Sequence[Document | MarkedTokens], i
             rows.append(np.concatenate([before[:0], *pieces]))
     tokens, begins = join(rows, before, after, reader.token_dtype)
     weights = _weights(reader.config.loss_weight, marked, begins + len(before), len(tokens))
-    return Stretch(tokens, begins, ids, np.zeros(len(rows), np.int64), weights)
+    prefixes = None
+    if reader.sees_ahead:
+        prefixes = np.zeros(len(rows), np.int64)
+        for number, document, _ in marked:
+            if isinstance(document, MarkedTokens) and document.prefix_length:
+                prefixes[number] = len(before) + document.prefix_length
+    return Stretch(tokens, begins, ids, np.zeros(len(rows), np.int64), weights, prefixes)
 
 
 def _weights(

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from data_scheduler import expression
 from data_scheduler.mixture import ONE
+from data_scheduler.objectives.config import Objective, find_problem
 from data_scheduler.stages import UNITS, batch_sizes, check_stages, check_unit, weights_of
 from data_scheduler.strict_model import StrictModel as StrictModel
 from data_scheduler.template import template_parts
@@ -123,6 +124,8 @@ class SourceConfig(StrictModel):
     transforms: list[Transform] = []
     """What is done to each document anew in every epoch, by seeded draws; in the order `templates`, `fim`,
     `bpe_dropout`, `prefix`, whatever their order here."""
+    objectives: list[Objective] | None = None
+    """What this source's documents teach, instead of `data.objectives`; `[]`: all of them causal."""
     weight: Share = 1.0
     """Share of tokens under the static policy; shares are normalised over the sources."""
     watch: bool = False
@@ -311,6 +314,9 @@ class DataConfig(StrictModel):
     """Steps between two looks for new files of sources with `watch`; a file joins once two looks found it the same."""
     policy: PolicyConfig = PolicyConfig()
     """Who sets the mixture weights."""
+    objectives: list[Objective] = []
+    """What documents teach: one of these is drawn for each document in each epoch, by weight; none: all are causal. Of
+    held-out documents all are."""
     fast_tokenizer: bool = True
     """Use the fast exact encoder where it reproduces the tokenizer token for token; otherwise `tokenizers`."""
 
@@ -336,6 +342,18 @@ class DataConfig(StrictModel):
             raise ValueError(f"source name used twice: {', '.join(twice)}")
         if not any(source.weight > 0 for source in self.sources):
             raise ValueError("every source has weight 0; give at least one a positive weight")
+        return self
+
+    def objectives_of(self, source: SourceConfig) -> list[Objective]:
+        """What the documents of a source teach."""
+        return self.objectives if source.objectives is None else source.objectives
+
+    @model_validator(mode="after")
+    def _objectives_fit_their_sources(self) -> "DataConfig":
+        for source in self.sources:
+            problem = find_problem(self.objectives_of(source), source)
+            if problem is not None:
+                raise ValueError(f"source {source.name}: {problem}")
         return self
 
     @model_validator(mode="after")

@@ -40,7 +40,8 @@ class DataScheduler(IterableDataset[TorchBatch]):
     Each batch is a dict of tensors: `tokens` int64[b, seq_len + 1], `cu_seqlens` int32[documents + 1] over the
     flattened inputs, `position_ids` int64[b, seq_len], `source_ids` int64[b], `document_ids` int64[documents],
     `loss_mask` bool[b, seq_len] (False where the next token belongs to another document or carries no loss),
-    `loss_weights` float32[b, seq_len] (weight of each prediction in the loss; 0 where the mask is False).
+    `loss_weights` float32[b, seq_len] (weight of each prediction in the loss; 0 where the mask is False),
+    `prefix_lengths` int64[documents] (tokens at the begin of each that may see one another in both directions).
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -91,6 +92,7 @@ def to_torch(batch: Batch) -> TorchBatch:
         "document_ids": torch.from_numpy(batch.document_ids),
         "loss_mask": torch.from_numpy(np.ascontiguousarray(batch.loss_mask)),
         "loss_weights": torch.from_numpy(batch.loss_weights),
+        "prefix_lengths": torch.from_numpy(batch.document_prefix_lengths),
     }
 
 

@@ -14,7 +14,7 @@ FIXED_KEYS = ("seed", "lanes", "packing", "document_start", "document_end", "chu
 """Settings that define what a lane's state means; a run keeps them for life."""
 SOURCE_KEYS = (
     "paths", "format", "text_key", "template", "where", "prompt", "masked_key", "loss_weight", "loss_weight_key",
-    "max_document_bytes", "transforms",
+    "max_document_bytes", "transforms", "objectives",
 )  # fmt: skip
 """What a source keeps from when it entered the run."""
 SAMPLE_BYTES = 4 << 20
@@ -49,6 +49,12 @@ def check_same_run(config: DataConfig, journal: Journal, fingerprint: str) -> No
                 f"data.{key} is {asked!r} but the run in {journal.path} began with {old[key]!r}; "
                 "keep it, or start a new run folder"
             )
+    objectives = [each.model_dump(mode="json") for each in config.objectives]
+    if old.get("objectives", []) != objectives:
+        raise ConfigError(
+            f"data.objectives are others than the run in {journal.path} began with; keep them, give a new source "
+            "`objectives` of its own, or start a new run folder"
+        )
     if started.data["tokenizer"] != fingerprint:
         raise ConfigError(
             f"data.tokenizer: {config.tokenizer} is not the tokenizer the run in {journal.path} began with; "

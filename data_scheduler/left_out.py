@@ -125,7 +125,11 @@ def with_gaps(kept: Stretch, out: BoolArray, ids: Int64) -> Stretch:
     # A gap begins where the next document that is kept does, or at the end.
     edges = np.append(kept.begins, len(kept.tokens))
     begins = edges[np.cumsum(~out) - ~out]
-    return Stretch(kept.tokens, begins, ids, np.zeros(len(ids), np.int64), kept.weights)
+    prefixes = None
+    if kept.prefix_lengths is not None:
+        prefixes = np.zeros(len(ids), np.int64)
+        prefixes[~out] = kept.prefix_lengths
+    return Stretch(kept.tokens, begins, ids, np.zeros(len(ids), np.int64), kept.weights, prefixes)
 
 
 def empty(out: BoolArray, ids: Int64, dtype: type[np.unsignedinteger]) -> Stretch:

@@ -121,7 +121,8 @@ class Scheduler:
         if not fresh:
             check_same_run(config, journal, self.encoder.fingerprint)
         for source in config.sources:
-            open_transforms(source, (path for path, _ in manifests[source.name].files), self.encoder, config.seed)
+            paths = (path for path, _ in manifests[source.name].files)
+            open_transforms(source, paths, self.encoder, config.seed, config.objectives_of(source))
         self._run_steps, self._inputs = run_steps, PolicyInputs(journal)
         self._context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, run_steps)
         configured = {source.name: source.weight for source in config.sources}
@@ -405,12 +406,22 @@ class Scheduler:
         asked = zip(own.tolist(), lanes[own].tolist(), source_ids.tolist(), tokens, strict=True)
         for row, (slot, lane, source, out) in enumerate(asked):
             given, segments = self._pack(lane, self._sequences + slot, source, shares, out, touched)
-            packed.append(segments)
+            packed.append(segments.with_whole_prefixes(width))
             if given != source:
                 source_ids[row] = given
-        starts, ids, offsets, weights = map(list, zip(*packed, strict=True))
+        starts, ids, offsets, weights, prefixes = map(list, zip(*packed, strict=True))
         batch = Batch(
-            step, tokens, starts, source_ids, ids, offsets, own, weights, self._exhausted(), self._take_rejects()
+            step,
+            tokens,
+            starts,
+            source_ids,
+            ids,
+            offsets,
+            own,
+            weights,
+            prefixes,
+            self._exhausted(),
+            self._take_rejects(),
         )
         if self._hashing:
             _ = batch.digests

@@ -16,6 +16,8 @@ from data_scheduler.formats.records import Document, Records
 from data_scheduler.kept_documents import KeptChunk, KeptDocuments
 from data_scheduler.left_out import LeftOut
 from data_scheduler.manifest import Manifest
+from data_scheduler.objectives.config import needs_text as objectives_need_text
+from data_scheduler.objectives.config import sees_ahead
 from data_scheduler.order import Int64, deal, permutation
 from data_scheduler.parts import PartReader
 from data_scheduler.paths import file_kind
@@ -71,12 +73,16 @@ class SourceReader:
         self._last_reject: RejectedRecord | None = None
         self.kept: KeptDocuments | None = None
         """Where documents are kept in memory, if they are; set from outside, which knows the other sources."""
-        self.transforms = open_transforms(config, [], encoder, data.seed)
+        self._objectives = data.objectives_of(config)
+        self.sees_ahead = sees_ahead(self._objectives)
+        """Whether tokens of a document may see later ones of it."""
+        self.transforms = open_transforms(config, [], encoder, data.seed, self._objectives)
         self._tokens: TokenCache | None = None
         # Marked text is more than its tokens, transformed text another in each epoch, and what is tokens already need
         # not be encoded.
         marked = config.prompt or config.masked_key or config.loss_weight_key or needs_text(config.transforms)
-        self.gives_plain_tokens = not marked and not config.transforms
+        marked = marked or objectives_need_text(self._objectives)
+        self.gives_plain_tokens = not marked and self.transforms is None
         """Whether a document of text is the same tokens each time, which may be kept."""
         if data.token_cache and not marked and config.format not in TOKEN_KINDS:
             self._tokens = TokenCache(data.token_cache, encoder.fingerprint, self.token_dtype)
@@ -99,7 +105,7 @@ class SourceReader:
             self.manifest = self.manifest.with_more(manifest) if number else manifest
             tables.append(manifest.chunks(self.config, self._data.settled_chunk_bytes, self.lanes))
             self._firsts.append(self._firsts[-1] + len(tables[-1]))
-        check_text(self.config, (path for path, _ in self.manifest.files))
+        check_text(self.config, (path for path, _ in self.manifest.files), self._objectives)
         self.chunks = Chunks.joined(tables)
         units = UnitReader(self.config, self.encoder.eos_id, self.encoder.vocab_size, dict(self.manifest.files))
         self._parts = PartReader(self.config, self.manifest, self._data, units, self._cache)

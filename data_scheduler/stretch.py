@@ -14,10 +14,16 @@ from data_scheduler.sequences import AnyTokens, cut
 class Stretch:
     """Tokens of documents, or pieces of documents, one after the other."""
 
-    __slots__ = ("begins", "ids", "offsets", "tokens", "weights")
+    __slots__ = ("begins", "ids", "offsets", "prefix_lengths", "tokens", "weights")
 
     def __init__(
-        self, tokens: AnyTokens, begins: Int64, ids: Int64, offsets: Int64, weights: Float32 | None = None
+        self,
+        tokens: AnyTokens,
+        begins: Int64,
+        ids: Int64,
+        offsets: Int64,
+        weights: Float32 | None = None,
+        prefix_lengths: Int64 | None = None,
     ) -> None:
         self.tokens = tokens
         """uint16[n] or uint32[n]"""
@@ -29,6 +35,9 @@ class Stretch:
         """int64[pieces]: the token of its document at which each piece begins."""
         self.weights = weights
         """float32[n]: weight of each token in the loss; None: all 1."""
+        self.prefix_lengths = prefix_lengths
+        """int64[pieces]: tokens at the begin of each piece's document that see one another in both directions; None:
+        every source's documents are causal."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -44,7 +53,11 @@ class Stretch:
         """
         starts, ids, offsets, after, token = cut(self.tokens, self.begins, self.ids, self.offsets, at, place, out)
         weights = None if self.weights is None else self.weights[at : at + len(out)]
-        return Segments(starts, ids, offsets, weights), after, token
+        prefix_lengths = None
+        if self.prefix_lengths is not None:
+            own = self.prefix_lengths[self.begins.searchsorted(at + starts, side="right") - 1]
+            prefix_lengths = np.where(offsets == 0, own, 0)
+        return Segments(starts, ids, offsets, weights, prefix_lengths), after, token
 
     def tail(self, at: int, place: int) -> "Stretch":
         """The tokens from `at`, in piece `place`, on, in memory of their own."""
@@ -53,7 +66,8 @@ class Stretch:
         offsets[0] -= begins[0]
         begins[0] = 0
         weights = None if self.weights is None else self.weights[at:].copy()
-        return Stretch(self.tokens[at:].copy(), begins, self.ids[place:].copy(), offsets, weights)
+        prefixes = None if self.prefix_lengths is None else self.prefix_lengths[place:].copy()
+        return Stretch(self.tokens[at:].copy(), begins, self.ids[place:].copy(), offsets, weights, prefixes)
 
 
 def join(parts: list[tuple[int, Segments]], length: int) -> Segments:
@@ -66,9 +80,12 @@ def join(parts: list[tuple[int, Segments]], length: int) -> Segments:
         for at, part in parts:
             if part.weights is not None:
                 weights[at : at + len(part.weights)] = part.weights
+    # Of one source, so that either all of them have these or none.
+    prefixes = [part.prefix_lengths for _, part in parts if part.prefix_lengths is not None]
     return Segments(
         np.concatenate([part.starts + np.int32(at) for at, part in parts]),
         np.concatenate([part.document_ids for _, part in parts]),
         np.concatenate([part.offsets for _, part in parts]),
         weights,
+        np.concatenate(prefixes) if prefixes else None,
     )

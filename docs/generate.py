@@ -126,6 +126,8 @@ def _type(place: Schema) -> str:
     if "anyOf" in place:
         kinds = [_type(part) for part in place["anyOf"] if part.get("type") != "null"]
         return " or ".join(kinds) + (" or null" if len(kinds) < len(place["anyOf"]) else "")
+    if "discriminator" in place:
+        return "sections"
     if "enum" in place:
         return ", ".join(f"`{value}`" for value in place["enum"])
     if "const" in place:

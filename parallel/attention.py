@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from parallel import accelerator
+from headrace.errors import LayoutError
+from parallel import accelerator, prefix_attention
 from parallel.context_parallel import Share, gather_keys, heads_to_tokens, tokens_to_heads
 from parallel.engine import MegatronModule, PackedSeqParams
 from parallel.rope_scaling import RopeScaling
@@ -45,6 +46,8 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
     sin: torch.Tensor | None = None
     share: Share | None = None
     """This rank's part, under context parallelism."""
+    prefixes: prefix_attention.Prefixes | None = None
+    """Where tokens see later ones; None: nowhere."""
 
 
 def pack_documents(
@@ -56,10 +59,13 @@ def pack_documents(
     dtype: torch.dtype,
     share: Share | None = None,
     rope_scaling: RopeScaling | None = None,
+    prefix_lengths: torch.Tensor | None = None,
 ) -> PackedDocuments:
     """What attention needs of the documents that end at `cu_seqlens[1:]` (int32[documents + 1], on the CPU).
 
     `position_ids` (int64[local tokens]) are positions within documents, below `max_position`; they are on the device.
+    `prefix_lengths` (int32[documents], on the CPU) are tokens at the begin of documents that see one another in both
+    directions; where keys are gathered there are none.
     """
     cos, sin = rotary_table(max_position, head_size, rope_base, dtype, position_ids.device, rope_scaling)
     lengths: list[int] = torch.diff(cu_seqlens).tolist()
@@ -67,6 +73,14 @@ def pack_documents(
     query_starts = key_starts = _starts(query_lengths, position_ids.device)
     if key_lengths is not query_lengths:
         key_starts = _starts(key_lengths, position_ids.device)
+    prefixes = None
+    if prefix_lengths is not None:
+        if share is not None and share.method == "all_gather":
+            raise LayoutError(
+                "parallel.context_parallel_method: objectives whose input is seen in both directions need all_to_all; "
+                "set it so, or `bidirectional: false` on them"
+            )
+        prefixes = prefix_attention.find_prefixes(lengths, prefix_lengths.tolist(), position_ids.device)
     return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=query_starts,
@@ -78,6 +92,7 @@ def pack_documents(
         cos=cos[position_ids].unsqueeze(1),
         sin=sin[position_ids].unsqueeze(1),
         share=share,
+        prefixes=prefixes,
     )
 
 
@@ -127,7 +142,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
             key, value = gather_keys(key, value, share, self.cp_group)
         if self.observer is not None:
             self.observer(own, (query, key), documents)
-        kernel = _varlen_kernel(query.dtype) or _piece_by_piece
+        kernel = _with_prefixes if documents.prefixes else _varlen_kernel(query.dtype) or _piece_by_piece
         out = kernel(query, key, value, documents, self.softmax_scale)
         if share is not None and swaps:
             out = heads_to_tokens(out, share, self.cp_group)
@@ -195,6 +210,17 @@ def _torch_varlen(
         enable_gqa=query.size(1) != key.size(1),
     )
     return out
+
+
+def _with_prefixes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scale: float | None
+) -> torch.Tensor:
+    prefixes = documents.prefixes
+    assert prefixes is not None
+    if _varlen_kernel(query.dtype) is None:
+        return prefix_attention.by_document(query, key, value, documents.query_lengths, prefixes, scale)
+    cu_seqlens, longest = documents.cu_seqlens_q, documents.max_seqlen_q
+    return prefix_attention.varlen(query, key, value, cu_seqlens, longest, prefixes, scale)
 
 
 def _piece_by_piece(

@@ -65,7 +65,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import RowParallelLinear, all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module, MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -99,6 +99,7 @@ __all__ = [
     "TransformerConfig",
     "all_to_all",
     "apply_factories",
+    "build_module",
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "extract_sharded_tensors_and_factories",

@@ -228,6 +228,7 @@ def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict
     model = {key: value for key, value in config.model_dump().items() if key not in free}
     if config.hidden_size == config.num_attention_heads * head_size(config):
         model["head_size"] = None  # the same heads, said or not
+    model["mtp"] = None if config.mtp is None else config.mtp.depth
     return model | {"vocab_size": vocab_size, "precision": precision}
 
 

@@ -223,7 +223,9 @@ class Run:
         every = self.config.metrics.dynamics.every
         self.state.measured = bool(every) and batch.step % every == 0
         size = stage.micro_batch_size
-        microbatches = split_batch(batch.tokens, batch.starts, batch.source_ids, size, batch.weights)
+        microbatches = split_batch(
+            batch.tokens, batch.starts, batch.source_ids, size, batch.weights, batch.prefix_lengths
+        )
         lr = learning_rate(self.config, shape, batch.step) * stage.lr_scale * scale
         if self.selection is None:
             result = train_step(self.state, microbatches, lr)
@@ -260,6 +262,8 @@ class Run:
         }
         if self.config.train.precision == "fp16":
             record["loss_scale"] = result.loss_scale
+        if result.mtp_loss is not None:
+            record["mtp_loss"] = result.mtp_loss
         if result.selected is not None:
             record |= selection_record(result.selected, self.scheduler.names)
         if result.dynamics is not None:

@@ -54,6 +54,33 @@ def loss_function(
     return total, number, source_report(reported.detach()[0], loss_mask[0], source_ids, num_sources)
 
 
+def loss_with_heads(
+    losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
+    loss_mask: torch.Tensor,
+    source_ids: torch.Tensor,
+    num_sources: int,
+    loss_weights: torch.Tensor | None,
+    head_mask: torch.Tensor,
+    head_weights: torch.Tensor | None,
+    head_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`loss_function` of a model with multi-token heads, whose mean is added with the weight `head_weight`.
+
+    `losses` are the main head's (reported, minimised), float32[1, tokens], and the others', float32[depth, tokens], as
+    are `head_mask` (bool) and `head_weights`. Sums are divided by the number of the main head's tokens (arXiv
+    2412.19437, equation 24: by the sequence's length). The report is int64[6, num_sources], the heads' rows last.
+    """
+    total, number, report = loss_function(losses[:2], loss_mask, source_ids, num_sources, loss_weights)
+    reported, minimised = losses[2:]
+    depth = reported.size(0)
+    if head_weights is not None:
+        minimised = minimised * head_weights
+    total = total + head_weight / depth * torch.where(head_mask, minimised, 0.0).sum()
+    own = source_report(reported.detach().flatten(), head_mask.flatten(), source_ids.repeat(depth), num_sources)
+    return total, number, torch.cat([report, own])
+
+
 def source_report(
     reported: torch.Tensor, loss_mask: torch.Tensor, source_ids: torch.Tensor, num_sources: int
 ) -> torch.Tensor:

@@ -45,6 +45,8 @@ class MicroBatch:
     repacked_sources: torch.Tensor | None = None
     """int64[m·S]: each token's source, where documents of several sources were packed into one row again; `source_ids`
     then means nothing but the number of rows."""
+    prefix_lengths: torch.Tensor | None = None
+    """int32[documents]: inputs at the begin of each document that see one another both ways; None: there are none."""
 
     @property
     def seq_len(self) -> int:
@@ -65,29 +67,38 @@ def split_batch(
     source_ids: Int64,
     micro_batch_size: int,
     weights: Sequence[Float32 | None] | None = None,
+    prefix_lengths: Sequence[Int64 | None] | None = None,
 ) -> list[MicroBatch]:
     """A rank's batch as micro-batches of `micro_batch_size` sequences, in order.
 
     `tokens` int64[b, S+1]; `starts[i]` int32, ascending, where documents start among sequence i's S+1 tokens, the first
     being 0; `source_ids` int64[b]; `weights[i]` float32[S+1], the weight of each token in the loss, None where all are
-    1. `b` must be a multiple of `micro_batch_size`.
+    1; `prefix_lengths[i]` int64, as many as its starts: tokens at the begin of each document that see one another both
+    ways and carry no loss, None where there are none. `b` must be a multiple of `micro_batch_size`.
     """
     size, length = tokens.shape
     assert size == len(starts) == len(source_ids), f"{size} sequences, {len(starts)} starts, {len(source_ids)} sources"
     assert size % micro_batch_size == 0, f"{size} sequences do not make micro-batches of {micro_batch_size}"
     weights = weights or [None] * size
+    prefixes = prefix_lengths or [None] * size
     return [
-        _micro_batch(tokens[part], starts[part], source_ids[part], weights[part], length - 1)
+        _micro_batch(tokens[part], starts[part], source_ids[part], weights[part], prefixes[part], length - 1)
         for part in (slice(at, at + micro_batch_size) for at in range(0, size, micro_batch_size))
     ]
 
 
 def _micro_batch(
-    tokens: Int64, starts: Sequence[Int32], source_ids: Int64, weights: Sequence[Float32 | None], seq_len: int
+    tokens: Int64,
+    starts: Sequence[Int32],
+    source_ids: Int64,
+    weights: Sequence[Float32 | None],
+    prefixes: Sequence[Int64 | None],
+    seq_len: int,
 ) -> MicroBatch:
     rows = len(tokens)
     loss_mask = np.ones((rows, seq_len), dtype=np.bool_)
     bounds = []
+    seen_ahead: list[Int64] = []
     for row, row_starts in enumerate(starts):
         assert len(row_starts), f"sequence {row} has no document"
         assert row_starts[0] == 0, f"sequence {row} starts inside a document: {row_starts[0]}"
@@ -95,6 +106,7 @@ def _micro_batch(
         loss_mask[row, inner - 1] = False  # the label of the token before a start is that start
         # A document that starts at the very last token is only ever a label.
         bounds.append(row * seq_len + np.concatenate(([0], inner[inner < seq_len])))
+        seen_ahead.append(_seen_ahead(row_starts, prefixes[row], loss_mask[row]))
     loss_weights = None
     if any(row_weights is not None for row_weights in weights):
         loss_weights = np.ones((rows, seq_len), dtype=np.float32)
@@ -114,4 +126,17 @@ def _micro_batch(
         max_seqlen=int(lengths.max()),
         source_ids=torch.from_numpy(np.array(source_ids, dtype=np.int64)),
         loss_weights=None if loss_weights is None else torch.from_numpy(loss_weights.reshape(1, -1)),
+        prefix_lengths=torch.from_numpy(seen.astype(np.int32)) if (seen := np.concatenate(seen_ahead)).any() else None,
     )
+
+
+def _seen_ahead(starts: Int32, prefixes: Int64 | None, loss_mask: npt.NDArray[np.bool_]) -> Int64:
+    """Prefixes of a row's documents that are inputs; labels inside them lose their loss in `loss_mask`, bool[S]."""
+    seq_len = len(loss_mask)
+    starts = starts[starts < seq_len]
+    if prefixes is None:
+        return np.zeros(len(starts), np.int64)
+    prefixes = prefixes[: len(starts)]
+    for start, length in zip(starts.tolist(), prefixes.tolist(), strict=True):
+        loss_mask[start : start + max(0, length - 1)] = False
+    return np.minimum(prefixes, np.diff(np.append(starts, seq_len)))

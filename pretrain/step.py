@@ -19,9 +19,10 @@ from parallel.layout import Layout
 from parallel.process_groups import Ranks
 from pretrain.config import RunConfig
 from pretrain.dynamics import Dynamics, Measurement, NoiseScale
-from pretrain.loss import FIXED_POINT, loss_function
+from pretrain.loss import FIXED_POINT, loss_function, loss_with_heads
 from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
+from pretrain.models.multi_token import AheadLabels, labels_ahead
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, loss_scale, update
 from pretrain.rope import rope_scaling
@@ -75,6 +76,8 @@ class StepResult:
     """Factor of the loss in the step's backward pass; other than 1 with fp16 only."""
     dynamics: Dynamics | None = None
     """What was measured inside the model, in a step that is measured."""
+    mtp_loss: float | None = None
+    """Mean loss of the multi-token heads, over all they had to predict; None without them."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,26 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
             state.chunks, state.stored, state.optimizer, state.layout, state.ranks, microbatches, scale
         )
     with measurement or nullcontext():
-        loss_sums, tokens, not_finite = _run(state, microbatches, forward_only=False, measurement=measurement)
+        report = _run(state, microbatches, forward_only=False, measurement=measurement)
         still = frozen(state.stored, state.optimizer, state.stage.trainable)
         grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still, measurement)
-    dynamics = measurement.values(state.noise_scale) if measurement else None
-    loss = float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
-    return StepResult(loss, grad_norm, loss_sums, tokens, skipped, loss_scale=scale, dynamics=dynamics)
+    loss_sums, tokens, _, *heads = report
+    return StepResult(
+        mean_loss(report[:3]),
+        grad_norm,
+        loss_sums,
+        tokens,
+        skipped,
+        loss_scale=scale,
+        dynamics=measurement.values(state.noise_scale) if measurement else None,
+        mtp_loss=mean_loss(report[3:]) if heads else None,
+    )
+
+
+def mean_loss(report: npt.NDArray[np.int64]) -> float:
+    """The mean of all tokens that a report (the rows of a `SourceLoss`) counts; NaN when any was not finite."""
+    loss_sums, tokens, not_finite = report
+    return float("nan") if not_finite.any() else int(loss_sums.sum()) / FIXED_POINT / max(1, int(tokens.sum()))
 
 
 @torch.no_grad()
@@ -145,12 +162,16 @@ def evaluate_step(
 def _run(
     state: TrainState, microbatches: Sequence[MicroBatch], forward_only: bool, measurement: Measurement | None = None
 ) -> npt.NDArray[np.int64]:
-    """The rows of a `SourceLoss`, int64[3, sources], summed over all micro-batches and ranks."""
-    forward_step: Callable[..., Any] = partial(_forward_step, state.num_sources)
+    """The rows of a `SourceLoss`, int64[3, sources], summed over all micro-batches and ranks; in training with
+    multi-token heads three more, likewise of these."""
+    mtp = None if forward_only else state.config.model.mtp
+    weight = None if mtp is None else mtp.loss_weight
+    forward_step: Callable[..., Any] = partial(_forward_step, state.num_sources, weight)
     if measurement is not None:
         forward_step = measurement.during(forward_step)
     reports = run_schedule(state, microbatches, forward_step, forward_only)
-    total = torch.zeros(3, state.num_sources, dtype=torch.int64, device=accelerator.device())
+    rows = 3 if mtp is None else 6
+    total = torch.zeros(rows, state.num_sources, dtype=torch.int64, device=accelerator.device())
     for report in reports:  # empty but on the last pipeline stage
         total += report
     process_groups.sum_over_data_parallel(total)
@@ -206,6 +227,8 @@ class Placed:
     documents: PackedDocuments
     tokens: int
     """Tokens of the whole micro-batch."""
+    ahead: AheadLabels | None
+    """What multi-token heads predict; None without them."""
 
 
 def place(microbatch: MicroBatch, state: TrainState) -> Placed:
@@ -222,6 +245,11 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
         return (tensor if held is None else tensor[..., held]).to(device, non_blocking=True)
 
     position_ids = local(microbatch.position_ids)
+    ahead = None
+    if model.mtp is not None:
+        whole = labels_ahead(microbatch, model.mtp.depth)
+        weights = None if whole.loss_weights is None else local(whole.loss_weights)
+        ahead = AheadLabels(local(whole.labels), local(whole.loss_mask), weights)
     return Placed(
         input_ids=local(microbatch.input_ids),
         labels=local(microbatch.labels),
@@ -238,17 +266,28 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
             DTYPES[state.config.train.precision],
             share,
             rope_scaling(state.stage.rope_scaling),
+            microbatch.prefix_lengths,
         ),
         tokens=tokens,
+        ahead=ahead,
     )
 
 
-def _forward_step(num_sources: int, inputs: Iterator[Placed], model: Any) -> tuple[Any, Any]:
+def _forward_step(num_sources: int, head_weight: float | None, inputs: Iterator[Placed], model: Any) -> tuple[Any, Any]:
     """What megatron's schedules call: a model chunk's output for the next micro-batch, and the loss of that output."""
     batch = next(inputs)
-    output = model(batch.input_ids, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.documents)
+    labels, loss = batch.labels, loss_function
+    if head_weight is not None and batch.ahead is not None:
+        labels = torch.cat([labels, batch.ahead.labels])
+        loss = partial(
+            loss_with_heads,
+            head_mask=batch.ahead.loss_mask,
+            head_weights=batch.ahead.loss_weights,
+            head_weight=head_weight,
+        )
+    output = model(batch.input_ids, batch.position_ids, None, labels=labels, packed_seq_params=batch.documents)
     return output, partial(
-        loss_function,
+        loss,
         loss_mask=batch.loss_mask,
         loss_weights=batch.loss_weights,
         source_ids=batch.source_ids,

@@ -51,6 +51,8 @@ class MarkedTokens(NamedTuple):
     pieces: tuple[tuple[Tokens, bool], ...]
     """(tokens, whether they are learned)."""
     weight: float = 1.0
+    prefix_length: int = 0
+    """Tokens at its begin that see one another in both directions."""
 
 
 REASON_CHARACTERS = 300

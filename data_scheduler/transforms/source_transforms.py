@@ -8,6 +8,9 @@ import numpy as np
 from data_scheduler.config import SourceConfig
 from data_scheduler.encoder import Encoder, Tokens
 from data_scheduler.formats.records import Document, MarkedText, MarkedTokens, Versions
+from data_scheduler.objectives.config import Objective, find_problem, moves_loss
+from data_scheduler.objectives.config import needs_text as objectives_need_text
+from data_scheduler.objectives.draw import Fim, Objectives
 from data_scheduler.order import draws
 from data_scheduler.paths import file_kind
 from data_scheduler.transforms.bpe_dropout import DropoutEncoder
@@ -26,17 +29,30 @@ from headrace.errors import ConfigError
 
 
 def open_transforms(
-    config: SourceConfig, paths: Iterable[str], encoder: Encoder, seed: int
+    config: SourceConfig, paths: Iterable[str], encoder: Encoder, seed: int, objectives: Sequence[Objective] = ()
 ) -> "SourceTransforms | None":
-    """The transforms of a source with files `paths`; None where it has none. Raises ConfigError when they cannot be."""
-    if not config.transforms:
+    """The transforms of a source with files `paths`, its objectives among them; None where it has none and is causal.
+
+    Raises ConfigError when they cannot be.
+    """
+    if not config.transforms and all(one.kind == "causal" for one in objectives):
         return None
-    check_text(config, paths)
-    return SourceTransforms(config, encoder, seed)
+    problem = find_problem(objectives, config)
+    if problem is not None:
+        raise ConfigError(f"source {config.name!r}: {problem}")
+    check_text(config, paths, objectives)
+    return SourceTransforms(config, encoder, seed, objectives)
 
 
-def check_text(config: SourceConfig, paths: Iterable[str]) -> None:
-    """Raise ConfigError when the source's transforms need text and one of its files holds token ids."""
+def check_text(config: SourceConfig, paths: Iterable[str], objectives: Sequence[Objective] = ()) -> None:
+    """Raise ConfigError when transforms or objectives need text and one of the source's files holds token ids."""
+    if objectives_need_text(objectives):
+        tokens = next((path for path in paths if file_kind(path, config.format)[0] in TOKEN_FORMATS), None)
+        if tokens is not None:
+            raise ConfigError(
+                f"source {config.name!r}: objectives: fim works on text, but {tokens} holds token ids; give the raw "
+                "text, or the source `objectives` without fim"
+            )
     if needs_text(config.transforms):
         tokens = next((path for path in paths if file_kind(path, config.format)[0] in TOKEN_FORMATS), None)
         if tokens is not None:
@@ -46,12 +62,13 @@ def check_text(config: SourceConfig, paths: Iterable[str]) -> None:
 class SourceTransforms:
     """Makes tokens of documents. What a document becomes depends on its id, the epoch and the seed, on nothing else."""
 
-    def __init__(self, config: SourceConfig, encoder: Encoder, seed: int) -> None:
+    def __init__(self, config: SourceConfig, encoder: Encoder, seed: int, objectives: Sequence[Objective] = ()) -> None:
         """Raises ConfigError for tokens that the tokenizer lacks, or a tokenizer that bpe_dropout cannot use."""
         self._name, self._seed, self._encoder = config.name, seed, encoder
         self._templates: list[float] = []
         """Where each template's share of [0, 1) ends."""
-        self._fim: FimTransform | None = None
+        self._fim: Fim | None = None
+        self._objectives = Objectives(objectives, encoder, config.name) if objectives else None
         self._prefixes: list[tuple[PrefixTransform, Tokens]] = []
         self._p = 0.0
         for transform in config.transforms:
@@ -59,8 +76,7 @@ class SourceTransforms:
                 ends = list(itertools.accumulate(template.weight for template in transform.templates))
                 self._templates = [end / ends[-1] for end in ends]
             elif isinstance(transform, FimTransform):
-                self._fim = transform
-                self._sentinels = find_sentinels(transform, encoder, config.name)
+                self._fim = Fim(transform, find_sentinels(transform, encoder, config.name))
             elif isinstance(transform, BpeDropoutTransform):
                 self._p = transform.p
                 try:
@@ -79,7 +95,8 @@ class SourceTransforms:
             for template in one.templates
         )
         quiet = any(not prefix.learned for prefix, _ in self._prefixes)
-        self._marks = bool(quiet or prompts or config.prompt or config.masked_key or config.loss_weight_key)
+        marked = bool(quiet or prompts or config.prompt or config.masked_key or config.loss_weight_key)
+        self._marks = marked or moves_loss(objectives)
 
     def apply(
         self, documents: Sequence[Document | MarkedTokens], ids: Sequence[int], epoch: int
@@ -93,6 +110,10 @@ class SourceTransforms:
         if isinstance(document, Versions):
             prefixes = document.prefixes
             document = document.choose(self._template(*key))
+        objective = None
+        if self._objectives is not None:
+            objective = self._objectives.draw(self._seed, "objective", self._name, epoch, number)
+        fim = objective if isinstance(objective, Fim) else self._fim
         weight = document.weight if isinstance(document, MarkedText | MarkedTokens) else 1.0
         pieces: list[tuple[Tokens, bool]] = []
         for place, (prefix, tokens) in enumerate(self._prefixes):
@@ -100,17 +121,26 @@ class SourceTransforms:
                 text = prefixes[place] if prefixes else prefix.text or ""
                 own = self._encode(text, *key, "prefix text", place) if text else tokens[:0]
                 pieces.append((np.concatenate([tokens, own]), prefix.learned))
+        control = len(pieces)
         if isinstance(document, str):
-            pieces.append((self._text(document, key), True))
+            pieces.append((self._text(document, fim, key), True))
         elif isinstance(document, MarkedText):
             for place, (text, learned) in enumerate(document.pieces):
-                pieces.append((self._text(text, key, place), learned))
+                pieces.append((self._text(text, fim, key, place), learned))
         elif isinstance(document, MarkedTokens):
             pieces += [(np.asarray(tokens, np.uint32), learned) for tokens, learned in document.pieces]
         else:
             pieces.append((np.asarray(document, np.uint32), True))
+        prefix_length = 0
+        if objective is not None and not isinstance(objective, Fim):
+            own = np.concatenate([tokens for tokens, _ in pieces[control:]])
+            made, prefix_length = objective.apply(own, draws(len(own), *key, "objective"))
+            if prefix_length:  # what is seen ahead of time is not learned
+                pieces = [(tokens, False) for tokens, _ in pieces[:control]]
+                prefix_length += sum(len(tokens) for tokens, _ in pieces)
+            pieces = [*pieces[:control], *made]
         if self._marks:
-            return MarkedTokens(tuple(pieces), weight)
+            return MarkedTokens(tuple(pieces), weight, prefix_length)
         return np.concatenate([tokens for tokens, _ in pieces])
 
     def _template(self, *key: int | str) -> int:
@@ -120,15 +150,15 @@ class SourceTransforms:
         draw = draws(1, *key, "templates")[0]
         return next(place for place, end in enumerate(self._templates) if is_drawn(draw, end))
 
-    def _text(self, text: str, key: tuple[int | str, ...], place: int = 0) -> Tokens:
+    def _text(self, text: str, fim: Fim | None, key: tuple[int | str, ...], place: int = 0) -> Tokens:
         """A piece of a document's text as tokens."""
-        if self._fim is None:
+        if fim is None:
             return self._encode(text, *key, "bpe_dropout", place)
-        pieces = contexts(text, self._fim.context_characters)
+        pieces = contexts(text, fim.config.context_characters)
         numbers = draws(DRAWS * len(pieces), *key, "fim")
         parts: Parts = []
         for at, piece in enumerate(pieces):
-            made = rearrange(piece, self._fim, self._sentinels, numbers[DRAWS * at : DRAWS * (at + 1)])
+            made = rearrange(piece, fim.config, fim.sentinels, numbers[DRAWS * at : DRAWS * (at + 1)])
             # What follows a middle is no part of it. The last one's end is the document's.
             parts += made if made == [piece] or at + 1 == len(pieces) else [*made, self._encoder.eos_id]
         encoded = [

@@ -16,6 +16,15 @@ def _preset_or_all(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["preset"]}]
 
 
+class MultiTokenConfig(StrictModel):
+    """Heads that predict tokens further ahead than the next one (arXiv 2404.19737); training alone uses them."""
+
+    depth: Positive = 1
+    """How many heads: the k-th predicts the token k further on than the next."""
+    loss_weight: PositiveFloat = 0.3
+    """Weight of the heads' mean loss in what is minimised; DeepSeek-V3 (arXiv 2412.19437) has 0.3, later 0.1."""
+
+
 class ModelConfig(StrictModel):
     """The model. `family` fixes the architecture, the numbers its size; a `preset` gives both."""
 
@@ -63,6 +72,8 @@ class ModelConfig(StrictModel):
     """Coefficient of z-loss, c·log²Z (PaLM, arXiv 2204.02311)."""
     max_z_loss: NonNegativeFloat = 0.0
     """Coefficient of max-z loss, c·(max logit)² (Baichuan 2, arXiv 2309.10305)."""
+    mtp: MultiTokenConfig | None = None
+    """Multi-token prediction: heads of one transformer block each beside the main one; null: none."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from data_scheduler.config import DataConfig, Stage, StrictModel, with_stages
+from data_scheduler.objectives.config import sees_ahead
 from pretrain.config.learning_rate import LearningRateConfig, LearningRateSegment, check_schedule
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
@@ -67,6 +68,19 @@ class RunConfig(StrictModel):
                 "metrics.dynamics.every: a step of train.selection holds padding, how much depends on the layout, "
                 "and it would be measured too; set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _layouts_can_see_ahead(self) -> "RunConfig":
+        layouts = [self.parallel, *(stage.parallel for stage in self.stages if stage.parallel is not None)]
+        if any(each.context_parallel_size > 1 and each.context_parallel_method != "all_to_all" for each in layouts):
+            for source in self.data.sources:
+                if sees_ahead(self.data.objectives_of(source)):
+                    raise ValueError(
+                        f"data.objectives: those of source {source.name} see their input in both directions, which "
+                        "needs parallel.context_parallel_method all_to_all, or no context parallelism; or set "
+                        "`bidirectional: false` on them"
+                    )
         return self
 
     @model_validator(mode="before")

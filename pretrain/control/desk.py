@@ -227,7 +227,9 @@ def _added_source(command: ask.AddSource, stand: Stand) -> tuple[list[Decision],
     if (source.watch or source.max_epochs) and horizon <= prefetch:
         raise RefusedError(f"data.policy.horizon: {horizon} must be larger than data.prefetch ({prefetch})")
     manifest = Manifest.take(source, LayoutIndex(scheduler.config.cache_folder() / "index.sqlite"))
-    open_transforms(source, (path for path, _ in manifest.files), scheduler.encoder, scheduler.config.seed)
+    paths = (path for path, _ in manifest.files)
+    objectives = scheduler.config.objectives_of(source)
+    open_transforms(source, paths, scheduler.encoder, scheduler.config.seed, objectives)
     chosen = scheduler.plan.chosen(scheduler.next_step)
     try:
         scheduler.try_policy(chosen.kind, chosen.options, (source, manifest))

@@ -42,6 +42,9 @@ FORMAT = {
 }
 LINEAR_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
+HEADS = "multi_token_heads."
+"""Weights that only training uses: no other format has a place for them."""
+
 
 class NativeReader:
     """Whole tensors of the checkpoint in a folder. Raises CheckpointError when it does not hold just `expected`."""
@@ -57,7 +60,7 @@ class NativeReader:
         self._tensors = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata) and not key.startswith("optimizer.")
+            if isinstance(value, TensorStorageMetadata) and not key.startswith(("optimizer.", HEADS))
         }
         self._check(list(expected))
 

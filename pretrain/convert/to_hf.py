@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def to_hf(
     if model.mup:
         raise ConfigError(f"{run}: model.mup: the Hugging Face format has no place for its attention and logit factors")
     hf_family(model)
+    if model.mtp is not None:
+        sys.stderr.write(
+            f"headrace: {checkpoint}: the multi-token heads (model.mtp) are left out, the model is whole\n"
+        )
     tokenizer = _tokenizer_path(config, tokenizer)
     encoder = load_tokenizer(tokenizer, vocab_size)
     natives = list(native_tensors(model, vocab_size))

@@ -23,6 +23,8 @@ class Activations:
         self._handles: list[Any] = []
         self._attentions: list[PackedAttention] = []
         self._open = False
+        self._main = False
+        """The output layer has not run yet: multi-token heads use it again, after the model itself."""
 
     def attach(self) -> None:
         """Install the hooks."""
@@ -48,7 +50,7 @@ class Activations:
         """`forward_step` (see megatron-core's schedules), with the hooks counting while it runs."""
 
         def watched(inputs: Iterator[Any], model: Any) -> Any:
-            self._open = True
+            self._open = self._main = True
             try:
                 return forward_step(inputs, model)
             finally:
@@ -75,7 +77,8 @@ class Activations:
 
     @torch.no_grad()
     def _output(self, module: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
-        if self._open:
+        if self._open and self._main:
+            self._main = False
             logits = output[0].detach()
             # By rows first: a billion logits around 0 in one fp32 sum would leave little of their mean.
             total = logits.sum(dim=-1, dtype=torch.float32).sum(dtype=torch.float64)

@@ -57,7 +57,7 @@ def _blocks(
 ) -> Iterator[tuple[int, int, int, int, torch.Tensor | None]]:
     """(first query, end, first key, end, bool[queries, keys] of who may attend to what, None for all to all)."""
     queries, lengths = query.size(0), documents.query_lengths
-    if documents.key_lengths != lengths:
+    if documents.prefixes is not None or documents.key_lengths != lengths:
         yield from _pieces(documents, heads, query.device)
         return
     edges = [0, *accumulate(lengths)]
@@ -77,15 +77,17 @@ def _blocks(
 def _pieces(
     documents: PackedDocuments, heads: int, device: torch.device
 ) -> Iterator[tuple[int, int, int, int, torch.Tensor | None]]:
-    """The same under context parallelism, where a piece of a document has more keys than queries."""
+    """The same where a piece of a document has more keys than queries (context parallelism), or a prefix."""
     edges, key_edges = ([0, *accumulate(lengths)] for lengths in (documents.query_lengths, documents.key_lengths))
-    for (first, last), (keys, keys_end) in zip(pairwise(edges), pairwise(key_edges), strict=True):
+    prefixes = documents.prefixes.lengths if documents.prefixes else [0] * len(documents.key_lengths)
+    for (first, last), (keys, keys_end), prefix in zip(pairwise(edges), pairwise(key_edges), prefixes, strict=True):
         size = _size(heads * (keys_end - keys))
         for begin in range(first, last, size):
             end = min(begin + size, last)
-            seen = keys_end - (last - end)  # by the last of these queries
+            own = keys_end - (last - end)  # the last of these queries' own key, and one
+            seen = max(own, keys + prefix)
             place = torch.arange(keys, seen, device=device)
-            newest = torch.arange(seen - (end - begin), seen, device=device)  # each query's own key
+            newest = torch.arange(own - (end - begin), own, device=device).clamp(min=keys + prefix - 1)
             yield begin, end, keys, seen, place <= newest[:, None]
 
 

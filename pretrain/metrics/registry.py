@@ -50,6 +50,13 @@ METRICS: Final = (
     Metric("seq_len", "gauge", "tokens", "tokens of each of the step's sequences", "headrace_seq_len"),
     Metric("global_batch_size", "gauge", "sequences", "sequences of the step", "headrace_global_batch_size"),
     Metric("loss", "gauge", "nats/token", "mean loss over the step's target tokens", "headrace_loss"),
+    Metric(
+        "mtp_loss",
+        "gauge",
+        "nats/token",
+        "mean loss of the multi-token heads, where there are some",
+        "headrace_mtp_loss",
+    ),
     Metric("grad_norm", "gauge", "1", "global gradient norm before clipping", "headrace_grad_norm"),
     Metric(
         "loss_scale",

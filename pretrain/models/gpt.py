@@ -14,6 +14,7 @@ from parallel.spec import block_spec
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import vocab_parallel_cross_entropy
 from pretrain.models.initialize import initialize_weights
+from pretrain.models.multi_token import MultiTokenHeads
 from pretrain.models.mup import attention_scale, scale_logits
 from pretrain.models.sizes import FAMILIES, has_qk_norm, head_size, query_groups
 
@@ -30,11 +31,25 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 class LanguageModel(GPTModel):  # type: ignore[misc]
     """GPTModel whose `forward(..., labels=...)` gives two losses for every token, (reported, minimised).
 
-    Both float32[1, tokens]; they differ by the z-loss terms (see `pretrain.loss`).
+    Both float32[1, tokens]; they differ by the z-loss terms (see `pretrain.loss`). Given labels int64[1 + depth,
+    tokens] it gives the same two of the multi-token heads besides, float32[depth, tokens] each.
     """
 
     z_loss: float
     max_z_loss: float
+    multi_token_heads: MultiTokenHeads | None
+
+    def _postprocess(self, **inputs: Any) -> Any:
+        labels, heads = inputs["labels"], self.multi_token_heads
+        if heads is None or labels is None or labels.size(0) == 1:
+            return super()._postprocess(**inputs)
+        losses = super()._postprocess(**{**inputs, "labels": labels[:1]})
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        ahead = [
+            self.compute_language_model_loss(own[None], self.output_layer(hidden, weight=weight)[0])
+            for own, hidden in zip(labels[1:], heads(inputs["hidden_states"], inputs["packed_seq_params"]), strict=True)
+        ]
+        return (*losses, *(torch.cat(each) for each in zip(*ahead, strict=True)))
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
@@ -150,6 +165,9 @@ def build_model(
         chunk.z_loss, chunk.max_z_loss = config.z_loss, config.max_z_loss
         if chunk.post_process:
             scale_logits(chunk.output_layer, config)
+        chunk.multi_token_heads = None
+        if config.mtp is not None and chunk.post_process:
+            chunk.multi_token_heads = MultiTokenHeads(megatron, config.mtp.depth, chunk.pg_collection, vp_stage)
         chunks.append(chunk.to(accelerator.device()))
     initialize_weights(chunks, config, seed)
     return chunks

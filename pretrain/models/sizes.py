@@ -71,8 +71,14 @@ def block_parameters(config: ModelConfig) -> int:
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Trainable parameters, embeddings included; `vocab_size` is the padded one."""
-    blocks = config.num_layers * block_parameters(config)
-    return blocks + _norm_parameters(config, config.hidden_size) + embedding_parameters(config, vocab_size)
+    blocks = _layers(config) * block_parameters(config)
+    norms = (1 + _layers(config) - config.num_layers) * _norm_parameters(config, config.hidden_size)
+    return blocks + norms + embedding_parameters(config, vocab_size)
+
+
+def _layers(config: ModelConfig) -> int:
+    """Transformer layers, those of multi-token heads included."""
+    return config.num_layers + (config.mtp.depth if config.mtp is not None else 0)
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple[int, int]:
@@ -80,10 +86,12 @@ def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple
 
     6 for every weight of a matrix product, the output head's included and the input embedding's not, plus the attention
     scores: 12·layers·heads·head_size·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only
-    the causal half is counted. Recomputation is not counted.
+    the causal half is counted. Recomputation is not counted; multi-token heads are.
     """
-    matrices = config.num_layers * _matrix_parameters(config) + vocab_size * config.hidden_size
-    scores = 12 * config.num_layers * attention_width(config) * seq_len
+    layers = _layers(config)
+    heads = 1 + layers - config.num_layers
+    matrices = layers * _matrix_parameters(config) + heads * vocab_size * config.hidden_size
+    scores = 12 * layers * attention_width(config) * seq_len
     return 6 * matrices + scores, 6 * matrices + scores // 2
 
 

@@ -66,10 +66,26 @@ def repack(microbatches: Sequence[MicroBatch], chosen: BoolArray) -> list[MicroB
             [ones if each.loss_weights is None else each.loss_weights[0] for each in microbatches]
         ).numpy()
     rows = lay_out(lengths[kept], tokens)
-    return [
-        _row(columns, [(int(edges[kept[place]]), int(lengths[kept[place]])) for place in row], microbatches[0])
-        for row in rows
+    prefixes = _prefixes(microbatches, len(edges))
+    packed = []
+    for row in rows:
+        own = kept[row]
+        pieces = list(zip(edges[own].tolist(), lengths[own].tolist(), strict=True))
+        packed.append(_row(columns, pieces, microbatches[0], None if prefixes is None else prefixes[own]))
+    return packed
+
+
+def _prefixes(microbatches: Sequence[MicroBatch], documents: int) -> Int64 | None:
+    """int64[documents]: tokens of each that see one another in both directions; None when there are none."""
+    if all(each.prefix_lengths is None for each in microbatches):
+        return None
+    each_one = [
+        np.zeros(len(each.cu_seqlens) - 1, np.int64) if each.prefix_lengths is None else each.prefix_lengths.numpy()
+        for each in microbatches
     ]
+    found = np.concatenate(each_one).astype(np.int64)
+    assert len(found) == documents, f"{len(found)} prefixes for {documents} documents"
+    return found
 
 
 def empty(like: MicroBatch) -> MicroBatch:
@@ -77,7 +93,9 @@ def empty(like: MicroBatch) -> MicroBatch:
     return _row({name: np.zeros(0, np.int64) for name in ("input_ids", "labels", "loss_mask", "sources")}, [], like)
 
 
-def _row(columns: dict[str, np.ndarray], pieces: list[tuple[int, int]], like: MicroBatch) -> MicroBatch:  # type: ignore[type-arg]
+def _row(  # type: ignore[type-arg]
+    columns: dict[str, np.ndarray], pieces: list[tuple[int, int]], like: MicroBatch, prefixes: Int64 | None = None
+) -> MicroBatch:
     """One micro-batch from (begin, length) of documents in the columns, and padding."""
     tokens, pad = like.input_ids.size(1), min(PAD, like.seq_len)
     lengths = [length for _, length in pieces]
@@ -101,4 +119,10 @@ def _row(columns: dict[str, np.ndarray], pieces: list[tuple[int, int]], like: Mi
         source_ids=torch.zeros_like(like.source_ids),
         loss_weights=column("loss_weights", np.float32)[None] if "loss_weights" in columns else None,
         repacked_sources=column("sources", np.int64),
+        prefix_lengths=None if prefixes is None else _padded(prefixes, len(lengths)),
     )
+
+
+def _padded(prefixes: Int64, documents: int) -> torch.Tensor:
+    """int32[documents]: the prefixes of a row's documents, none of its padding."""
+    return torch.from_numpy(np.append(prefixes, np.zeros(documents - len(prefixes), np.int64)).astype(np.int32))

@@ -25,6 +25,7 @@ def test_batches_are_tensors_of_the_promised_kinds(data_config: Make) -> None:
         "document_ids": (torch.int64, 1),
         "loss_mask": (torch.bool, 2),
         "loss_weights": (torch.float32, 2),
+        "prefix_lengths": (torch.int64, 1),
     }
     assert batch["tokens"].shape == (24, 65)
     assert len(batch["document_ids"]) == len(batch["cu_seqlens"]) - 1

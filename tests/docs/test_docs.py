@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from data_scheduler import Feedback
 from data_scheduler.journal import KINDS
 from data_scheduler.mixture import ONE, Mixer, quantize
+from data_scheduler.objectives.config import Objective
 from data_scheduler.prep.config import PrepConfig
 from data_scheduler.transforms.config import Transform
 from headrace.errors import ExitCode
@@ -184,6 +185,8 @@ def test_yaml_in_pages_has_valid_keys(file: str, text: str) -> None:
         assert_key(key, file)
     for source in content.get("data", {}).get("sources", []):
         TypeAdapter(list[Transform]).validate_python(source.get("transforms", []))
+        TypeAdapter(list[Objective]).validate_python(source.get("objectives", []))
+    TypeAdapter(list[Objective]).validate_python(content.get("data", {}).get("objectives", []))
 
 
 def dotted_keys(node: Any, path: str = "") -> Iterator[str]:
@@ -197,7 +200,10 @@ def dotted_keys(node: Any, path: str = "") -> Iterator[str]:
             yield from dotted_keys(value, f"{here}.")
         elif isinstance(value, list):
             for number, item in enumerate(value):
-                if isinstance(item, dict) and key != "transforms":  # of kinds with keys of their own: checked below
+                if isinstance(item, dict) and key not in (
+                    "transforms",
+                    "objectives",
+                ):  # of kinds with keys of their own: checked below
                     yield from dotted_keys(item, f"{here}.{item.get('name', number)}.")
 
 
