@@ -41,37 +41,38 @@ class Entry:
         return tuple({**variant, **self.model} for variant in VARIANTS)
 
 
+TP_SP: dict[str, Any] = {"tensor_parallel_size": 2, "sequence_parallel": True}
+ULYSSES: dict[str, Any] = {"context_parallel_size": 2, "context_parallel_method": "all_to_all"}
+INTERLEAVED: dict[str, Any] = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}
+BREADTH_FIRST: dict[str, Any] = {**INTERLEAVED, "pipeline_schedule": "breadth_first"}
+OVERLAPPED: dict[str, Any] = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
 LAYOUTS: dict[str, Entry] = {
     "dp2": Entry(Layout(2)),
     "dp4": Entry(Layout(4)),
     "dp2 zero1": Entry(Layout(2, distributed_optimizer=True)),
+    "dp2 zero1 overlapped": Entry(Layout(2, **OVERLAPPED)),
+    "dp2 fully sharded": Entry(Layout(2, fully_sharded=True)),
     "tp2": Entry(Layout(2, tensor_parallel_size=2)),
     "tp4": Entry(Layout(4, tensor_parallel_size=4)),
-    "tp2+sp": Entry(Layout(2, tensor_parallel_size=2, sequence_parallel=True)),
+    "tp2+sp": Entry(Layout(2, **TP_SP)),
     "pp2": Entry(Layout(2, pipeline_parallel_size=2)),
     "pp4": Entry(Layout(4, pipeline_parallel_size=4)),
-    "pp2 vpp2": Entry(Layout(2, pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)),
+    "pp2 vpp2": Entry(Layout(2, **INTERLEAVED)),
+    "pp2 vpp2 breadth-first": Entry(Layout(2, **BREADTH_FIRST)),
     "cp2": Entry(Layout(2, context_parallel_size=2)),
     "cp4": Entry(Layout(4, context_parallel_size=4)),
+    "cp2 all-to-all": Entry(Layout(2, **ULYSSES)),
     "dp2 tp2": Entry(Layout(4, tensor_parallel_size=2)),
-    "dp2 tp2+sp zero1": Entry(Layout(4, tensor_parallel_size=2, sequence_parallel=True, distributed_optimizer=True)),
+    "dp2 tp2+sp zero1": Entry(Layout(4, **TP_SP, distributed_optimizer=True)),
+    "dp2 tp2+sp fully sharded": Entry(Layout(4, **TP_SP, fully_sharded=True)),
     "dp2 pp2": Entry(Layout(4, pipeline_parallel_size=2)),
     "tp2 pp2": Entry(Layout(4, tensor_parallel_size=2, pipeline_parallel_size=2)),
     "dp2 cp2": Entry(Layout(4, context_parallel_size=2)),
-    "tp2+sp cp2": Entry(Layout(4, tensor_parallel_size=2, sequence_parallel=True, context_parallel_size=2)),
-    "tp2+sp pp2 cp2": Entry(
-        Layout(8, tensor_parallel_size=2, sequence_parallel=True, pipeline_parallel_size=2, context_parallel_size=2)
-    ),
-    "dp2 tp2+sp pp2 vpp2 zero1": Entry(
-        Layout(
-            8,
-            tensor_parallel_size=2,
-            sequence_parallel=True,
-            pipeline_parallel_size=2,
-            virtual_pipeline_parallel_size=2,
-            distributed_optimizer=True,
-        )
-    ),
+    "tp2+sp cp2": Entry(Layout(4, **TP_SP, context_parallel_size=2)),
+    "tp2 cp2 all-to-all": Entry(Layout(4, tensor_parallel_size=2, **ULYSSES)),
+    "tp2+sp pp2 cp2": Entry(Layout(8, **TP_SP, pipeline_parallel_size=2, context_parallel_size=2)),
+    "dp2 tp2+sp pp2 vpp2 breadth-first zero1": Entry(Layout(8, **TP_SP, **BREADTH_FIRST, distributed_optimizer=True)),
 }
 
 

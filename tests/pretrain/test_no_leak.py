@@ -13,7 +13,7 @@ from process_group import run_ranks
 from tiny_run import BATCH, SEQ_LEN, VOCAB
 
 from parallel import process_groups
-from parallel.attention import context_parallel_index
+from parallel.context_parallel import context_parallel_index
 from pretrain.loss import loss_function
 from pretrain.microbatch import MicroBatch, split_batch
 from pretrain.step import Placed, TrainState, run_schedule
