@@ -224,6 +224,7 @@ def go(config: RunConfig) -> int:
         (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
         (2, {"pipeline_parallel_size": 2}),
         (4, {"tensor_parallel_size": 2, "distributed_optimizer": True}),
+        (2, {"fully_sharded": True}),
     ],
 )
 def test_resuming_on_another_layout_continues_the_same_run(
