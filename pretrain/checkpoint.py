@@ -182,7 +182,9 @@ def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict
 
     `vocab_size` is the padded one, `precision` that of the weights.
     """
-    free = {"init_std", "z_loss", "max_z_loss", "rope_base", "norm_eps", "vocab_size"}
+    free = {"init_std", "z_loss", "max_z_loss", "rope_base", "norm_eps", "vocab_size", "moe_aux_loss"}
+    if config.num_experts is None:
+        free |= {"moe_top_k"}  # not in checkpoints from before there were experts
     model = {key: value for key, value in config.model_dump().items() if key not in free}
     return model | {"vocab_size": vocab_size, "precision": precision}
 

@@ -47,12 +47,17 @@ def head_size(config: ModelConfig) -> int:
     return config.hidden_size // config.num_attention_heads
 
 
+def expert_ffn_size(config: ModelConfig) -> int:
+    """Inner width of each expert."""
+    return config.moe_ffn_hidden_size or config.ffn_hidden_size
+
+
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Trainable parameters, embeddings included; `vocab_size` is the padded one."""
     family, hidden, ffn = FAMILIES[config.family], config.hidden_size, config.ffn_hidden_size
     norm = hidden * (2 if family.normalization == "LayerNorm" else 1)
     embeddings = vocab_size * hidden * (1 if config.tie_embeddings else 2)
-    block = _matrix_parameters(config) + 2 * norm
+    block = _matrix_parameters(config, config.num_experts or 0) + 2 * norm
     if family.biases:
         key_value = 2 * query_groups(config) * head_size(config)
         block += hidden + key_value + hidden + ffn * (2 if family.gated else 1) + hidden
@@ -66,9 +71,9 @@ def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple
 
     6 for every weight of a matrix product, the output head's included and the input embedding's not, plus the attention
     scores: 12·layers·hidden·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only the
-    causal half is counted. Recomputation is not counted.
+    causal half is counted. Recomputation is not counted, and of the experts only those that a token goes through.
     """
-    matrices = config.num_layers * _matrix_parameters(config) + vocab_size * config.hidden_size
+    matrices = config.num_layers * _matrix_parameters(config, config.moe_top_k) + vocab_size * config.hidden_size
     scores = 12 * config.num_layers * config.hidden_size * seq_len
     return 6 * matrices + scores, 6 * matrices + scores // 2
 
@@ -92,11 +97,17 @@ def layout_shape(config: RunConfig, vocab_size: int) -> Shape:
         micro_batch_size=now.micro_batch_size,
         lanes=config.data.lanes,
         later=tuple(batches),
+        num_experts=model.num_experts,
+        moe_shared_ffn_hidden_size=model.moe_shared_ffn_hidden_size,
     )
 
 
-def _matrix_parameters(config: ModelConfig) -> int:
-    """Weights of one block's matrices."""
+def _matrix_parameters(config: ModelConfig, experts: int) -> int:
+    """Weights of one block's matrices, of so many of its `experts` where it has any."""
     hidden = config.hidden_size
     attention = hidden * (hidden + 2 * query_groups(config) * head_size(config)) + hidden * hidden
-    return attention + hidden * config.ffn_hidden_size * (3 if FAMILIES[config.family].gated else 2)
+    width = config.ffn_hidden_size
+    if config.num_experts is not None:
+        attention += hidden * config.num_experts  # the router
+        width = experts * expert_ffn_size(config) + (config.moe_shared_ffn_hidden_size or 0)
+    return attention + hidden * width * (3 if FAMILIES[config.family].gated else 2)

@@ -63,7 +63,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         micro_batch_size=draw(st.integers(1, 3)),
         lanes=draw(st.integers(1, 24)),
         num_experts=draw(st.none() | st.integers(1, 6)),
-        moe_ffn_hidden_size=draw(st.integers(1, 12)),
+        moe_shared_ffn_hidden_size=draw(st.none() | st.integers(1, 12)),
     )
 
 
@@ -90,10 +90,10 @@ def fits(layout: Layout, shape: Shape) -> bool:
     if layout.context_parallel_method == "all_to_all":
         remainders += [cp == 1, shape.num_query_groups // tp % cp]
     ep = layout.expert_parallel_size
-    remainders += [dp * cp % ep, ep > 1 and shape.num_experts is None]
+    remainders += [dp * cp * tp % ep, ep > 1 and shape.num_experts is None]
     if shape.num_experts is not None:
-        assert shape.moe_ffn_hidden_size is not None
-        remainders += [shape.num_experts % ep, shape.moe_ffn_hidden_size % tp, tp > 1 and not layout.sequence_parallel]
+        shared = shape.moe_shared_ffn_hidden_size or 0
+        remainders += [shape.num_experts % ep, shared % tp, tp > 1 and not layout.sequence_parallel]
     if layout.overlap_param_gather:
         remainders += [not layout.distributed_optimizer, not layout.overlap_grad_reduce]
     return not any(remainders)
