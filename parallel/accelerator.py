@@ -148,10 +148,17 @@ def importing_megatron() -> Iterator[None]:
 
 
 def after_megatron_import() -> None:
-    """The last part of the door: megatron's "cuda" RNG state is the CPU generator's."""
+    """The last part of the door: megatron's "cuda" RNG state is the CPU generator's, and token counts of experts that
+    are on the CPU already become what all_to_all takes."""
     if has_gpu():
         return
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = counts
 
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # "CPU RNG state changed within GPU RNG context": they are the same generator here.

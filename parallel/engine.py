@@ -64,6 +64,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import RowParallelLinear, all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -72,6 +73,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 import megatron.core.dist_checkpointing.strategies.filesystem_async as _filesystem_async
 import megatron.core.optimizer as _optimizer
 import megatron.core.optimizer.distrib_optimizer as _distributed_optimizer
+import megatron.core.transformer.moe.moe_utils as _moe_utils
 
 
 __all__ = [
@@ -95,6 +97,7 @@ __all__ = [
     "RowParallelLinear",
     "ShardedTensor",
     "ShardedTensorFactory",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "all_to_all",
@@ -130,6 +133,9 @@ if _own_adam:
     _optimizer.Adam, _optimizer.USING_PYTORCH_OPTIMIZER = GroupStepAdam, False
     _distributed_optimizer.Adam = GroupStepAdam
     _distributed_optimizer.HAVE_APEX_OR_TE = _distributed_optimizer.USING_APEX_OPTIMIZER = True
+
+# Without TransformerEngine the router's matrix product asks for this name and fails; with None it uses torch's.
+_moe_utils.te_general_gemm = getattr(_moe_utils, "te_general_gemm", None)
 
 # Results of a save travel through this queue within one process. megatron's own is a Manager's in a spawned process,
 # which imports the whole program again: 3 s on the first save, and a hang where the program has no __main__ guard.

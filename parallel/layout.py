@@ -19,8 +19,8 @@ PipelineSchedule = Literal["depth_first", "breadth_first"]
 class Layout:
     """How `world_size` processes share one model. Ranks count tensor parallel fastest, then context, data, pipeline.
 
-    Expert parallelism takes no processes of its own: it splits the experts over neighbours in the context and data
-    directions, each of which still has its own tokens.
+    Expert parallelism takes no processes of its own: within a pipeline stage, neighbours in rank order hold different
+    experts, each of them whole, whatever the tensor parallel size.
     """
 
     world_size: int
@@ -59,7 +59,7 @@ class Layout:
 
     def expert_rank(self, rank: int) -> int:
         """Which share of the experts `rank` holds."""
-        return rank // self.tensor_parallel_size % self.expert_parallel_size
+        return rank % self.expert_parallel_size
 
     def rank_map(self) -> str:
         """One line a rank: where it stands in the pipeline, data, context and tensor directions, and which share of the
@@ -113,8 +113,8 @@ class Shape:
     """Batches besides this first one: of stages to come, and held-out data."""
     num_experts: int | None = None
     """None: the MLPs are dense, of `ffn_hidden_size`."""
-    moe_ffn_hidden_size: int | None = None
-    """Inner width of each expert."""
+    moe_shared_ffn_hidden_size: int | None = None
+    """Inner width of the expert that every token goes through, which tensor parallelism splits; None: there is none."""
 
 
 def validate(layout: Layout, shape: Shape) -> None:
@@ -205,11 +205,11 @@ def _own_problem(layout: Layout) -> str | None:
         return "pipeline_schedule breadth_first needs virtual_pipeline_parallel_size of at least 2"
     if layout.context_parallel_method == "all_to_all" and layout.context_parallel_size == 1:
         return "context_parallel_method all_to_all needs context_parallel_size of at least 2"
-    with_context = layout.data_parallel_size * layout.context_parallel_size
-    if with_context % layout.expert_parallel_size:
+    stage = layout.world_size // layout.pipeline_parallel_size
+    if stage % layout.expert_parallel_size:
         return (
-            f"expert_parallel_size {layout.expert_parallel_size} does not divide the data-parallel size "
-            f"{layout.data_parallel_size} x context_parallel_size {layout.context_parallel_size} = {with_context}"
+            f"expert_parallel_size {layout.expert_parallel_size} does not divide the {stage} processes "
+            "of a pipeline stage"
         )
     if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):
         return "overlap_param_gather needs distributed_optimizer and overlap_grad_reduce"
@@ -254,8 +254,9 @@ def _expert_problem(layout: Layout, shape: Shape) -> str | None:
         return f"expert_parallel_size {ep} needs a model with num_experts" if ep > 1 else None
     if shape.num_experts % ep:
         return f"num_experts {shape.num_experts} is not a multiple of expert_parallel_size {ep}"
-    if (shape.moe_ffn_hidden_size or 0) % tp:
-        return f"moe_ffn_hidden_size {shape.moe_ffn_hidden_size} is not a multiple of tensor_parallel_size {tp}"
+    shared = shape.moe_shared_ffn_hidden_size or 0
+    if shared % tp:
+        return f"moe_shared_ffn_hidden_size {shared} is not a multiple of tensor_parallel_size {tp}"
     if tp > 1 and not layout.sequence_parallel:
         return f"num_experts {shape.num_experts} with tensor_parallel_size {tp} needs sequence_parallel"
     return None

@@ -86,6 +86,9 @@ def _build_groups(layout: Layout, rank: int, seed: int, timeout_s: float) -> Ran
         pipeline_model_parallel_size=layout.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_parallel_size,
+        # Experts are small; and where they are split, ranks gather tokens of uneven number, which gloo cannot.
+        expert_tensor_parallel_size=1,
         # Under gloo every group is one already; under NCCL nothing of ours gathers on the host.
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
@@ -105,11 +108,12 @@ def _build_groups(layout: Layout, rank: int, seed: int, timeout_s: float) -> Ran
         is_last_stage=pp == layout.pipeline_parallel_size - 1,
     )
     # Layout.coordinates is what people are shown and what data is dealt by; megatron must agree.
-    assert (tp, pp, cp, dp) == (
+    assert (tp, pp, cp, dp, layout.expert_rank(rank)) == (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_context_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
     ), f"rank {rank}: {ranks} is not where megatron put it"
     return ranks
 

@@ -3,10 +3,13 @@
 import copy
 from typing import Any
 
+import torch
+
 from parallel.attention import PackedAttention
 from parallel.engine import (
     IdentityOp,
     RowParallelLinear,
+    TopKRouter,
     TransformerBlockSubmodules,
     get_gpt_layer_local_spec,
     get_num_layers_to_build,
@@ -26,20 +29,71 @@ class AddingRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
         super().__init__(*args, **{**kwargs, "skip_bias_add": False})
 
 
+class BalancedRouter(TopKRouter):  # type: ignore[misc]
+    """TopKRouter whose load-balancing loss weighs the same however many ranks share a micro-batch's tokens.
+
+    Under sequence and context parallelism each rank adds its own part of the loss. Since gradients are divided by all
+    tokens of the global batch at the end, the parts must be multiplied by the tokens of the whole micro-batch;
+    megatron-core 0.16.1 takes the rank's own, which makes the loss as many times too small as there are ranks.
+    """
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: torch.Tensor,
+        aux_loss_coeff: float,
+        aux_loss: torch.Tensor,
+        aux_loss_name: str,
+        reduce_group: torch.distributed.ProcessGroup,
+        reduce_group_has_dp: bool = False,
+        valid_token_count: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tokens = activation.size(0) if valid_token_count is None else valid_token_count
+        scaled: torch.Tensor = super().attach_and_log_load_balancing_loss(
+            activation,
+            aux_loss_coeff,
+            aux_loss,
+            aux_loss_name,
+            reduce_group,
+            reduce_group_has_dp,
+            tokens * reduce_group.size(),
+        )
+        return scaled
+
+
 def block_spec(config: Any, vp_stage: int | None = None) -> Any:
     """The layers of this pipeline stage (and virtual stage `vp_stage`) as a `TransformerBlockSubmodules`."""
+    experts = config.num_moe_experts
     layer = copy.deepcopy(
-        get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        get_gpt_layer_local_spec(
+            num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
     )
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     for name in ("q_layernorm", "k_layernorm"):
         if getattr(attention, name) is not IdentityOp:
             setattr(attention, name, Norm)
-    parts.mlp.submodules.linear_fc2 = AddingRowParallelLinear
-    if (
-        config.use_te_activation_func
-    ):  # megatron's name for: the activation is a submodule, and takes all of fc1's output
-        parts.mlp.submodules.activation_func = swiglu.fused
+    mlp = parts.mlp.submodules
+    if experts is None:
+        mlp.linear_fc2 = AddingRowParallelLinear
+        mlps = [mlp]
+    else:
+        mlp.router = BalancedRouter
+        mlps = [mlp.experts.submodules, mlp.shared_experts.submodules]
+    if config.use_te_activation_func:
+        # megatron's name for: the activation is a submodule, and takes all of fc1's output
+        for each in mlps:
+            each.activation_func = swiglu.fused
     attention.core_attention = PackedAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
+
+
+def mark_experts(chunk: Any) -> None:
+    """Have megatron-core treat the experts of a model chunk as split over ranks, also where one rank holds them all.
+
+    Otherwise it takes their weights for dense ones as soon as expert_parallel_size is 1: it then makes one optimizer
+    instead of two, and an optimizer state saved with one number of optimizers cannot be loaded with the other.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".experts.local_experts." in name:
+            parameter.allreduce = False

@@ -223,8 +223,11 @@ def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict
     `vocab_size` is the padded one, `precision` that of the weights.
     """
     free = {"preset", "init_std", "z_loss", "max_z_loss", "rope_base", "rope_scaling", "norm_eps", "vocab_size"}
+    free |= {"moe_aux_loss"}
     if not config.mup:  # its keys then mean nothing, and older checkpoints lack them
         free |= {"mup", "mup_base_hidden_size", "mup_base_head_size"}
+    if config.num_experts is None:  # likewise
+        free |= {"moe_top_k"}
     model = {key: value for key, value in config.model_dump().items() if key not in free}
     if config.hidden_size == config.num_attention_heads * head_size(config):
         model["head_size"] = None  # the same heads, said or not

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, model_validator
 
@@ -72,6 +72,17 @@ class ModelConfig(StrictModel):
     """Coefficient of z-loss, c·log²Z (PaLM, arXiv 2204.02311)."""
     max_z_loss: NonNegativeFloat = 0.0
     """Coefficient of max-z loss, c·(max logit)² (Baichuan 2, arXiv 2309.10305)."""
+    num_experts: Positive | None = None
+    """Experts in place of every block's MLP (mixture of experts, arXiv 2101.03961); null: a dense MLP."""
+    moe_top_k: Positive = 2
+    """Experts that each token goes through, weighted by the softmax over their router scores."""
+    moe_ffn_hidden_size: Positive | None = None
+    """Inner width of each expert; `ffn_hidden_size` when not given."""
+    moe_shared_ffn_hidden_size: Positive | None = None
+    """Inner width of one more expert that every token goes through (arXiv 2401.06066); null: none."""
+    moe_aux_loss: NonNegativeFloat = 0.01
+    """Coefficient of the load-balancing loss of every layer and micro-batch (arXiv 2101.03961, equation 4); it is
+    minimised and is no part of the reported loss."""
     mtp: MultiTokenConfig | None = None
     """Multi-token prediction: heads of one transformer block each beside the main one; null: none."""
 
@@ -87,6 +98,22 @@ class ModelConfig(StrictModel):
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
             raise ValueError(f"no preset {name!r} ({hint})")
         return PRESETS[name].model_dump(exclude_unset=True) | dict(raw)
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.num_experts is None:
+            if self.moe_ffn_hidden_size or self.moe_shared_ffn_hidden_size:
+                raise ValueError("moe_ffn_hidden_size and moe_shared_ffn_hidden_size need num_experts")
+            return self
+        if self.moe_top_k > self.num_experts:
+            raise ValueError(f"moe_top_k {self.moe_top_k} is more than num_experts {self.num_experts}")
+        if self.family == "wonton":
+            raise ValueError("num_experts: the wonton family has biases, which experts do not; take llama or qwen3")
+        if self.mup:
+            raise ValueError("num_experts: there is no muP rule for experts and their router; set mup to false")
+        if self.mtp is not None:
+            raise ValueError("num_experts: multi-token heads have a dense MLP; leave mtp out")
+        return self
 
 
 class KernelsConfig(StrictModel):

@@ -68,6 +68,8 @@ class RunConfig(StrictModel):
                 "metrics.dynamics.every: a step of train.selection holds padding, how much depends on the layout, "
                 "and it would be measured too; set it to 0"
             )
+        if self.metrics.dynamics.every and self.model.num_experts is not None:
+            raise ValueError("metrics.dynamics.every: it does not know experts (model.num_experts); set it to 0")
         return self
 
     @model_validator(mode="after")
@@ -120,6 +122,8 @@ class RunConfig(StrictModel):
             )
         if self.train.precision == "fp16":
             raise ValueError("train.precision: fp16 does not go with parallel.fully_sharded; use bf16 or fp32")
+        if self.model.num_experts is not None or self.model.mtp is not None:
+            raise ValueError("parallel.fully_sharded does not go with model.num_experts or model.mtp; set it to false")
         return self
 
 

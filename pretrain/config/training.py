@@ -119,7 +119,7 @@ class ParallelConfig(StrictModel):
     swap tokens for heads, so that each rank has whole documents of some heads (Ulysses, arXiv 2309.14509; the
     key/value heads over `tensor_parallel_size` must be a multiple of `context_parallel_size`)."""
     expert_parallel_size: Positive = 1
-    """Split the experts of each layer over so many data- and context-parallel ranks."""
+    """Ranks of a pipeline stage over which the experts of each layer are spread, each expert whole."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     fully_sharded: bool = False

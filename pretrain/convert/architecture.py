@@ -39,6 +39,8 @@ def hf_family(model: ModelConfig) -> Family:
         raise ConfigError(
             f"model.family {model.family}: cannot be converted; transformers has no such model (llama and qwen3 can be)"
         )
+    if model.num_experts is not None:
+        raise ConfigError("model.num_experts: models with experts cannot be converted; dense llama and qwen3 can be")
     return "qwen3" if has_qk_norm(model) else "llama"
 
 

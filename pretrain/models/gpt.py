@@ -10,13 +10,13 @@ from parallel import accelerator
 from parallel.engine import GPTModel, TransformerConfig, parallel_state
 from parallel.kernels import swiglu
 from parallel.layout import Layout
-from parallel.spec import block_spec
+from parallel.spec import block_spec, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import vocab_parallel_cross_entropy
 from pretrain.models.initialize import initialize_weights
 from pretrain.models.multi_token import MultiTokenHeads
 from pretrain.models.mup import attention_scale, scale_logits
-from pretrain.models.sizes import FAMILIES, has_qk_norm, head_size, query_groups
+from pretrain.models.sizes import FAMILIES, expert_ffn_size, has_qk_norm, head_size, query_groups
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
@@ -112,8 +112,33 @@ def transformer_config(
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         deallocate_pipeline_outputs=accelerator.backend() == "nccl",
-        **RECOMPUTE[recompute],
+        **_mixture_of_experts(config, layout),
+        **_recompute(config, recompute),
     )
+
+
+def _mixture_of_experts(config: ModelConfig, layout: Layout) -> dict[str, Any]:
+    if config.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_router_topk": config.moe_top_k,
+        "moe_ffn_hidden_size": expert_ffn_size(config),
+        "moe_shared_expert_intermediate_size": config.moe_shared_ffn_hidden_size,
+        "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss else "none",
+        "moe_aux_loss_coeff": config.moe_aux_loss,
+        "moe_router_dtype": "fp32",  # near ties between experts flip with bf16's rounding
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": layout.expert_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def _recompute(config: ModelConfig, recompute: Recompute) -> dict[str, Any]:
+    options = dict(RECOMPUTE[recompute])
+    if recompute == "selective" and config.num_experts is not None:
+        options["recompute_modules"] = ["core_attn", "moe"]
+    return options
 
 
 def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig, dtype: torch.dtype) -> bool:
@@ -168,6 +193,7 @@ def build_model(
         chunk.multi_token_heads = None
         if config.mtp is not None and chunk.post_process:
             chunk.multi_token_heads = MultiTokenHeads(megatron, config.mtp.depth, chunk.pg_collection, vp_stage)
+        mark_experts(chunk)
         chunks.append(chunk.to(accelerator.device()))
     initialize_weights(chunks, config, seed)
     return chunks

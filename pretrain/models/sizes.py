@@ -60,13 +60,18 @@ def embedding_parameters(config: ModelConfig, vocab_size: int) -> int:
 def block_parameters(config: ModelConfig) -> int:
     """Parameters of one transformer block."""
     family, hidden, ffn = FAMILIES[config.family], config.hidden_size, config.ffn_hidden_size
-    block = _matrix_parameters(config) + 2 * _norm_parameters(config, hidden)
+    block = _matrix_parameters(config, config.num_experts or 0) + 2 * _norm_parameters(config, hidden)
     if family.biases:
         qkv = attention_width(config) + 2 * query_groups(config) * head_size(config)
         block += qkv + hidden + ffn * (2 if family.gated else 1) + hidden
     if has_qk_norm(config):
         block += 2 * _norm_parameters(config, head_size(config))
     return block
+
+
+def expert_ffn_size(config: ModelConfig) -> int:
+    """Inner width of each expert."""
+    return config.moe_ffn_hidden_size or config.ffn_hidden_size
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
@@ -86,11 +91,12 @@ def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> tuple
 
     6 for every weight of a matrix product, the output head's included and the input embedding's not, plus the attention
     scores: 12·layers·heads·head_size·seq_len counted in full (PaLM, arXiv 2204.02311, appendix B), half of it when only
-    the causal half is counted. Recomputation is not counted; multi-token heads are.
+    the causal half is counted. Recomputation is not counted; multi-token heads are, and of the experts those that a
+    token goes through.
     """
     layers = _layers(config)
     heads = 1 + layers - config.num_layers
-    matrices = layers * _matrix_parameters(config) + heads * vocab_size * config.hidden_size
+    matrices = layers * _matrix_parameters(config, config.moe_top_k) + heads * vocab_size * config.hidden_size
     scores = 12 * layers * attention_width(config) * seq_len
     return 6 * matrices + scores, 6 * matrices + scores // 2
 
@@ -130,14 +136,20 @@ def _shape(config: RunConfig, vocab_size: int, now: StageSettings, *later: Stage
         micro_batch_size=now.micro_batch_size,
         lanes=config.data.lanes,
         later=tuple(batches),
+        num_experts=model.num_experts,
+        moe_shared_ffn_hidden_size=model.moe_shared_ffn_hidden_size,
     )
 
 
-def _matrix_parameters(config: ModelConfig) -> int:
-    """Weights of one block's matrices."""
-    hidden, width = config.hidden_size, attention_width(config)
-    attention = hidden * (width + 2 * query_groups(config) * head_size(config)) + width * hidden
-    return attention + hidden * config.ffn_hidden_size * (3 if FAMILIES[config.family].gated else 2)
+def _matrix_parameters(config: ModelConfig, experts: int) -> int:
+    """Weights of one block's matrices, of so many of its `experts` where it has any."""
+    hidden, heads = config.hidden_size, attention_width(config)
+    attention = hidden * (heads + 2 * query_groups(config) * head_size(config)) + heads * hidden
+    width = config.ffn_hidden_size
+    if config.num_experts is not None:
+        attention += hidden * config.num_experts  # the router
+        width = experts * expert_ffn_size(config) + (config.moe_shared_ffn_hidden_size or 0)
+    return attention + hidden * width * (3 if FAMILIES[config.family].gated else 2)
 
 
 def _norm_parameters(config: ModelConfig, width: int) -> int:

@@ -63,7 +63,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         micro_batch_size=draw(st.integers(1, 3)),
         lanes=draw(st.integers(1, 24)),
         num_experts=draw(st.none() | st.integers(1, 6)),
-        moe_ffn_hidden_size=draw(st.integers(1, 12)),
+        moe_shared_ffn_hidden_size=draw(st.none() | st.integers(1, 12)),
     )
 
 
@@ -90,10 +90,10 @@ def fits(layout: Layout, shape: Shape) -> bool:
     if layout.context_parallel_method == "all_to_all":
         remainders += [cp == 1, shape.num_query_groups // tp % cp]
     ep = layout.expert_parallel_size
-    remainders += [dp * cp % ep, ep > 1 and shape.num_experts is None]
+    remainders += [dp * cp * tp % ep, ep > 1 and shape.num_experts is None]
     if shape.num_experts is not None:
-        assert shape.moe_ffn_hidden_size is not None
-        remainders += [shape.num_experts % ep, shape.moe_ffn_hidden_size % tp, tp > 1 and not layout.sequence_parallel]
+        shared = shape.moe_shared_ffn_hidden_size or 0
+        remainders += [shape.num_experts % ep, shared % tp, tp > 1 and not layout.sequence_parallel]
     if layout.overlap_param_gather:
         remainders += [not layout.distributed_optimizer, not layout.overlap_grad_reduce]
     return not any(remainders)
@@ -207,6 +207,22 @@ def test_every_number_alone_can_spoil_a_layout_and_is_named(field: str, value: i
     assert f"{field} {value}" in problem
 
 
+def test_people_are_shown_what_is_not_the_default() -> None:
+    layout = Layout(
+        16,
+        pipeline_parallel_size=2,
+        virtual_pipeline_parallel_size=2,
+        pipeline_schedule="breadth_first",
+        context_parallel_size=2,
+        context_parallel_method="all_to_all",
+        expert_parallel_size=4,
+    )
+    assert str(layout) == "dp=4 tp=1 pp=2x2 breadth_first cp=2 all_to_all ep=4"
+    assert layout.rank_map().splitlines()[0].split() == ["rank", "pp", "dp", "cp", "tp", "ep"]
+    assert [line.split()[-1] for line in layout.rank_map().splitlines()[1:]] == ["0", "1", "2", "3"] * 4
+    assert str(Layout(2)) == "dp=2 tp=1 pp=1"
+
+
 def test_needs_neither_torch_nor_megatron() -> None:
     code = "import sys, parallel.layout; sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -214,7 +230,7 @@ def test_needs_neither_torch_nor_megatron() -> None:
 
 @pytest.mark.multiprocess
 def test_ranks_stand_where_the_map_says() -> None:
-    layout = Layout(4, tensor_parallel_size=2, pipeline_parallel_size=2)
+    layout = Layout(4, tensor_parallel_size=2, pipeline_parallel_size=2, expert_parallel_size=2)
 
     def place() -> tuple[int, int, int, int, bool, bool]:
         ranks = process_groups.initialize(layout, seed=1, timeout_s=60)  # asserts megatron's own view of them

@@ -1,12 +1,16 @@
 """Interleaved schedules: the order of a rank's model chunks, and how often and when their gradients are reduced."""
 
 from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from process_group import run_ranks
 from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
 
 from parallel.layout import Layout, PipelineSchedule
+from pretrain import evaluate
 from pretrain.step import TrainState, chunk_group, train_step
 
 MICRO_BATCHES, RANKS, CHUNKS = 8, 2, 2
@@ -103,3 +107,13 @@ def test_the_group_follows_the_number_of_micro_batches() -> None:
     assert chunk_group(depth, 8, forward_only=False) == RANKS
     assert chunk_group(breadth, 8, forward_only=True) == RANKS
     assert chunk_group(breadth, 3, forward_only=True) == 3
+
+
+def test_held_out_micro_batches_are_filled_up_to_what_the_schedule_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = np.arange(9), SimpleNamespace(starts=np.array([0], np.int32), weights=None)
+    monkeypatch.setattr(evaluate, "_first_sequences", lambda *_: [sequence] * 5)
+    config: Any = SimpleNamespace(sources=[SimpleNamespace(name="a", val_paths=["a.txt"])])
+    encoder: Any = None
+    shares = [evaluate.HeldOut(config, encoder, 5, 1, rank, 2, multiple=4).microbatches for rank in range(2)]
+    assert [len(share) for share in shares] == [4, 4]
+    assert sum(int(microbatch.loss_mask.sum()) for share in shares for microbatch in share) == 5 * 8
