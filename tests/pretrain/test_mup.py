@@ -23,7 +23,7 @@ from pretrain.parameter_groups import factors
 from pretrain.step import train_step
 
 WIDTHS = (64, 128, 256, 512)
-LR = {"adamw": 4e-3, "muon": 4e-3, "sgd": 0.1}
+LR = {"adamw": 1e-2, "muon": 1e-2, "sgd": 0.1}
 STEPS = 4
 
 
@@ -39,9 +39,10 @@ def changes(width: int, mup: bool, kind: str, tied: bool) -> dict[str, float]:
     """Root mean square of what STEPS steps on one batch change of that batch's activations."""
     config = config_of(width, mup, kind, tie_embeddings=tied)
     state = tiny_state(config, Layout(1))
-    model, seen = state.chunks[0], {}
-    model.decoder.layers[-1].register_forward_hook(lambda *call: seen.update(block=call[2][0].detach()))
-    model.output_layer.register_forward_hook(lambda *call: seen.update(logits=call[2][0].detach()))
+    seen: dict[str, torch.Tensor] = {}
+    block = state.chunks[0].decoder.layers[-1]
+    for name, module in (("block", block), ("mlp", block.mlp), ("logits", state.chunks[0].output_layer)):
+        module.register_forward_hook(lambda *call, name=name: seen.update({name: call[2][0].detach()}))
     recorded = []
     for _ in range(STEPS + 1):
         train_step(state, tiny_batch(0, micro_batch_size=8), LR[kind])
@@ -61,13 +62,13 @@ def slopes(mup: bool, kind: str = "adamw", tied: bool = False) -> dict[str, floa
 @pytest.mark.parametrize("tied", [False, True])
 def test_coordinate_check(tied: bool) -> None:
     with_mup, without = slopes(True, "adamw", tied), slopes(False, "adamw", tied)
-    assert all(abs(slope) < 0.2 for slope in with_mup.values()), with_mup
+    assert all(abs(slope) < 0.25 for slope in with_mup.values()), with_mup
     assert all(slope > 0.4 for slope in without.values()), without
 
 
 @pytest.mark.parametrize("kind", ["muon", "sgd"])
 def test_coordinate_check_of_the_other_optimizers(kind: str) -> None:
-    assert all(abs(slope) < 0.2 for slope in slopes(True, kind).values()), slopes(True, kind)
+    assert all(abs(slope) < 0.25 for slope in slopes(True, kind).values()), slopes(True, kind)
 
 
 def test_factors_are_those_of_table_8() -> None:
@@ -86,6 +87,13 @@ def test_factors_are_those_of_table_8() -> None:
     assert decayed.lr * decayed.weight_decay == 1.0
     with pytest.raises(ConfigError, match="router"):
         lr_factor(model, "adamw", "decoder.layers.0.mlp.router.weight", matrix)
+
+
+def test_attention_gets_its_scale() -> None:
+    # Not seen in the coordinates: queries and keys align later than in a few steps.
+    attention = tiny_state(config_of(256, True), Layout(1)).chunks[0].decoder.layers[0].self_attention.core_attention
+    assert attention.softmax_scale == math.sqrt(16) / 64
+    process_groups.shutdown()
 
 
 def test_at_the_base_width_it_changes_nothing() -> None:
