@@ -5,6 +5,7 @@
     docs/preparation.md     from the pydantic models of `data_scheduler.prep.config`
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
     docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
+    docs/how-to/gpu.md      its table of presets, from `pretrain.models`
     docs/mixing.md          its tables, from benchmarks/results/policy_overhead.json and mixing_*.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
@@ -18,8 +19,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_scheduler.prep.config import InputConfig, LocalExecutor, PrepConfig, SlurmExecutor, Step
+from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.metrics.registry import METRICS
+from pretrain.models.memory import Batch, memory_by_stage
+from pretrain.models.presets import PRESETS
+from pretrain.models.sizes import count_parameters, embedding_parameters, flops_per_token
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py; change the code it reads, then run it. -->"
@@ -284,12 +289,54 @@ def bands() -> str:
     return _replaced(page, "bands", body)
 
 
+def gpu() -> str:
+    """The page with its table of model sizes."""
+    page = (DOCS / "how-to" / "gpu.md").read_text(encoding="utf-8")
+    layout = Layout(8, distributed_optimizer=True)
+    rows = []
+    for name, model in PRESETS.items():
+        vocab_size = model.vocab_size or 0
+        total, seq_len = count_parameters(model, vocab_size), 2048 if model.family == "wonton" else 4096
+        full, causal = flops_per_token(model, vocab_size, seq_len)
+        needed = [
+            max(
+                stage.total
+                for stage in memory_by_stage(model, vocab_size, layout, Batch(seq_len, 1, 8), recompute=recompute)
+            )
+            for recompute in ("none", "selective", "full")
+        ]
+        rows.append(
+            (
+                f"`{name}`",
+                f"{model.num_layers} × {model.hidden_size:,}",
+                f"{total / 1e9:.3f}",
+                f"{(total - embedding_parameters(model, vocab_size)) / 1e9:.3f}",
+                f"{full / 1e9:.1f} / {causal / 1e9:.1f}",
+                " / ".join(f"{size / 1e9:.0f}" for size in needed),
+            )
+        )
+    head = (
+        "preset",
+        "layers × hidden",
+        "parameters, 10⁹",
+        "without embeddings",
+        "GFLOP a token, full / causal attention",
+        "GB a GPU, recompute none / selective / full",
+    )
+    note = (
+        "Operations and memory are of sequences of 4,096 tokens (wonton 2,048), one in a micro-batch, memory of `bf16` "
+        "on 8 GPUs with `parallel.distributed_optimizer`; estimated.\n"
+    )
+    return _replaced(page, "presets", f"{_table(head, rows)}\n{note}")
+
+
 PAGES = {
     "configuration.md": configuration,
     "metrics.md": metrics,
     "preparation.md": preparation,
     "data_speed.md": data_speed,
     "mixing.md": mixing,
+    "how-to/gpu.md": gpu,
     "how-to/curriculum-by-bands.md": bands,
 }
 
