@@ -106,10 +106,11 @@ def compare(settings: Settings, steps: int, rounds: int, names: tuple[str, ...])
     """Every arm's speed, and ours over each peer's, round by round."""
     with tempfile.TemporaryDirectory(prefix="train_throughput") as folder:
         weights = Path(folder) / "weights.pt"
-        arms = []
-        for name in names:  # ours first: it writes the weights
-            arms.append(Arm(name, settings, weights))
-            facts = arms[-1].answer()
+        arms = [Arm(name, settings, weights) for name in names]
+        for arm in arms:  # ours first: it writes the weights that the others wait for
+            if arm.name != "ours":
+                arm.order(0)
+            facts = arm.answer()
         first = {arm.name: arm.train(5)["losses"] for arm in arms}  # also the warm-up
         check_losses(first)
         times: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

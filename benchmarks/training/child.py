@@ -29,6 +29,8 @@ def main() -> None:
         from benchmarks.training.hf import run_rows, run_whole_rows
 
         run = run_whole_rows if arm == "hf_whole_rows" else run_rows
+    if arm != "ours":
+        sys.stdin.readline()  # imports are done side by side; the weights are there from here on
     run(settings, weights, gate)
 
 

@@ -47,5 +47,5 @@ def test_arms_take_turns_and_train_the_same_model(tmp_path: Path) -> None:
 def test_another_model_is_refused() -> None:
     same = [5.0, 4.9]
     train_throughput.check_losses({"ours": same, "plain": [5.0, 4.9001], "hf": same, "hf_whole_rows": [9.0, 9.0]})
-    with pytest.raises(SystemExit, match="step 1: loss 4.9 here and 4.91 in plain: not the same model"):
+    with pytest.raises(SystemExit, match=r"step 1: loss 4\.9 here and 4\.91 in plain: not the same model"):
         train_throughput.check_losses({"ours": same, "plain": [5.0, 4.91]})
