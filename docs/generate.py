@@ -5,6 +5,7 @@
     docs/preparation.md     from the pydantic models of `data_scheduler.prep.config`
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
     docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
+    docs/how-to/gpu.md      its table of presets, from `pretrain.models`
     docs/mixing.md          its tables, from benchmarks/results/policy_overhead.json and mixing_*.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
@@ -18,8 +19,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_scheduler.prep.config import InputConfig, LocalExecutor, PrepConfig, SlurmExecutor, Step
+from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.metrics.registry import METRICS
+from pretrain.models.memory import Batch, memory_by_stage
+from pretrain.models.presets import PRESETS
+from pretrain.models.sizes import count_parameters, embedding_parameters, flops_per_token
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py; change the code it reads, then run it. -->"
@@ -290,12 +295,108 @@ def bands() -> str:
     return _replaced(page, "bands", body)
 
 
+def gpu() -> str:
+    """The page with its table of model sizes."""
+    page = (DOCS / "how-to" / "gpu.md").read_text(encoding="utf-8")
+    layout = Layout(8, distributed_optimizer=True)
+    rows = []
+    for name, model in PRESETS.items():
+        vocab_size = model.vocab_size or 0
+        total, seq_len = count_parameters(model, vocab_size), 2048 if model.family == "wonton" else 4096
+        full, causal = flops_per_token(model, vocab_size, seq_len)
+        needed = [
+            max(
+                stage.total
+                for stage in memory_by_stage(model, vocab_size, layout, Batch(seq_len, 1, 8), recompute=recompute)
+            )
+            for recompute in ("none", "selective", "full")
+        ]
+        rows.append(
+            (
+                f"`{name}`",
+                f"{model.num_layers} × {model.hidden_size:,}",
+                f"{total / 1e9:.3f}",
+                f"{(total - embedding_parameters(model, vocab_size)) / 1e9:.3f}",
+                f"{full / 1e9:.1f} / {causal / 1e9:.1f}",
+                " / ".join(f"{size / 1e9:.0f}" for size in needed),
+            )
+        )
+    head = (
+        "preset",
+        "layers × hidden",
+        "parameters, 10⁹",
+        "without embeddings",
+        "GFLOP a token, full / causal attention",
+        "GB a GPU, recompute none / selective / full",
+    )
+    note = (
+        "Operations and memory are of sequences of 4,096 tokens (wonton 2,048), one in a micro-batch, memory of `bf16` "
+        "on 8 GPUs with `parallel.distributed_optimizer`; estimated.\n"
+    )
+    page = _replaced(page, "presets", f"{_table(head, rows)}\n{note}")
+    return _replaced(page, "train_throughput", _train_throughput())
+
+
+def _train_throughput() -> str:
+    """Tables of the training benchmark; a part that no machine has measured is left out, or says so."""
+    path = DOCS.parent / "benchmarks" / "results" / "train_throughput.json"
+    if not path.exists():
+        return "`python benchmarks/train_throughput.py` writes the result that belongs here; there is none yet.\n"
+    result = json.loads(path.read_text())
+    cpu = result["cpu"]
+    rows = []
+    for name, arm in cpu["arms"].items():
+        ratio = cpu["ours_over"].get(name)
+        told = ("", "")
+        if ratio:
+            told = (
+                f"{ratio['cpu']['median']:.2f} ({ratio['cpu']['min']:.2f} to {ratio['cpu']['max']:.2f})",
+                f"{ratio['wall']['median']:.2f}",
+            )
+        rows.append((TRAINING_ARMS[name], f"{arm['tokens_per_cpu_s']['median']:,.0f}", *told))
+    table = _table(("one process", "tokens per CPU second", "ours over it, CPU time", "wall time"), rows)
+    settings = cpu["settings"]
+    note = (
+        f"A llama of {cpu['parameters'] / 1e6:.1f} million parameters, fp32, one thread, {settings['sequences']} "
+        f"packed sequences of {settings['seq_len']} tokens a step; arms take turns, {result['rounds']} rounds. Two "
+        f"processes of ours train {cpu['scaling']['speedup']:.2f} times the tokens per second of one.\n"
+    )
+    gpu = result["gpu"]
+    if isinstance(gpu, str):
+        more = f"On a GPU: {gpu}.\n"
+    else:
+        measured = [row for row in gpu if "tokens_per_s" in row]
+        more = _table(
+            ("one GPU, bf16, 4,096 tokens", "arm", "tokens/s", "MFU, full / causal attention", "peak memory"),
+            [
+                (
+                    f"`{row['shape']}`",
+                    f"{row['arm']} ({row['layers']} layers)",
+                    f"{row['tokens_per_s']:,.0f}",
+                    f"{100 * row['mfu_full']:.1f} / {100 * row['mfu_causal']:.1f} %",
+                    f"{row['peak_memory_bytes'] / 1e9:.1f} GB",
+                )
+                for row in measured
+            ],
+        )
+    return f"{table}\n{note}\n{more}\n{_facts(result)}"
+
+
+TRAINING_ARMS = {
+    "ours": "Headrace",
+    "plain": "plain PyTorch loop",
+    "hf": "Hugging Face Trainer, documents apart",
+    "hf_whole_rows": "Hugging Face Trainer, attention over whole sequences",
+}
+
+
 PAGES = {
     "configuration.md": configuration,
     "metrics.md": metrics,
     "preparation.md": preparation,
     "data_speed.md": data_speed,
     "mixing.md": mixing,
+    "how-to/gpu.md": gpu,
     "how-to/curriculum-by-bands.md": bands,
 }
 

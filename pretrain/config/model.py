@@ -31,7 +31,7 @@ class ModelConfig(StrictModel):
     model_config = ConfigDict(json_schema_extra=_preset_or_all)
 
     preset: str | None = None
-    """Name of a published size (`docs/models.md` lists them), which gives every key that is not given beside it."""
+    """Name of a published size (docs/how-to/gpu.md lists them), which gives every key that is not given beside it."""
     family: Literal["wonton", "llama", "qwen3"]
     """`wonton`: LayerNorm, biases, GELU, QK-LayerNorm (Nyonic, arXiv 2404.15702). `llama`: RMSNorm, SwiGLU, GQA, no
     biases. `qwen3`: llama with QK-RMSNorm."""

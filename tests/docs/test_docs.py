@@ -57,7 +57,15 @@ def generator() -> Any:
 
 @pytest.mark.parametrize(
     "page",
-    ["configuration.md", "metrics.md", "preparation.md", "data_speed.md", "mixing.md", "how-to/curriculum-by-bands.md"],
+    [
+        "configuration.md",
+        "metrics.md",
+        "preparation.md",
+        "data_speed.md",
+        "mixing.md",
+        "how-to/curriculum-by-bands.md",
+        "how-to/gpu.md",
+    ],
 )
 def test_generated_pages_are_up_to_date(page: str) -> None:
     written = (DOCS / page).read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 EXPECTED = {  # processes, layout, parameters, tokens of the run, GB of the fullest rank
     "llama_1b": (8, "dp=8 tp=1 pp=1", 1_235_814_400, 1.0e11, 30.6),
     "llama_3b": (32, "dp=32 tp=1 pp=1", 3_212_749_824, 3.0e11, 38.8),
-    "llama_8b": (64, "dp=32 tp=2+sp pp=1", 8_030_261_248, 1.0e12, 37.0),
+    "llama_8b": (64, "dp=32 tp=2+sp pp=1", 8_030_261_248, 1.0e12, 36.9),
     "qwen3_0.6b": (8, "dp=8 tp=1 pp=1", 596_049_920, 5.0e10, 26.1),
     "qwen3_1.7b": (16, "dp=16 tp=1 pp=1", 1_720_574_976, 1.0e11, 42.2),
     "qwen3_4b": (32, "dp=32 tp=1 pp=1", 4_022_468_096, 3.0e11, 38.2),
@@ -96,7 +96,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = headrace("--dry-run", "--world-size", "64")
     assert shown.exit_code == 0
     assert "8,030,261,248" in shown.output
-    assert "data              32: ranks 0 2 … 62" in shown.output
+    assert re.search(r"^ +data +32: ranks 0 2 … 62$", shown.output, re.MULTILINE)
     as_json = headrace("--dry-run", "--nproc", "2", "--json", "data.global_batch_size=2", "data.lanes=2")
     assert json.loads(as_json.output)["layout"]["world_size"] == 2
     ranks = headrace("--dry-run", "--nproc", "4", "data.global_batch_size=4", "data.lanes=4")
