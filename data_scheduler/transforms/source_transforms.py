@@ -133,7 +133,7 @@ class SourceTransforms:
             pieces.append((np.asarray(document, np.uint32), True))
         prefix_length = 0
         if objective is not None and not isinstance(objective, Fim):
-            own = np.concatenate([tokens for tokens, _ in pieces[control:]])
+            own = np.concatenate([np.empty(0, np.uint32), *(tokens for tokens, _ in pieces[control:])])
             made, prefix_length = objective.apply(own, draws(len(own), *key, "objective"))
             if prefix_length:  # what is seen ahead of time is not learned
                 pieces = [(tokens, False) for tokens, _ in pieces[:control]]

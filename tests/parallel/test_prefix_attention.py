@@ -121,6 +121,10 @@ def test_a_changed_prefix_token_changes_its_own_document_alone() -> None:
     for tensor in tensors:
         tensor[8] += 1.0  # the first one after the prefix
     assert torch.equal(attend(tensors, documents)[4:8], after[4:8]), "the prefix does not see what follows it"
+    after = attend(tensors, documents)
+    for tensor in tensors:
+        tensor[9] += 1.0
+    assert torch.equal(attend(tensors, documents)[4:9], after[4:9]), "what follows a prefix is causal"
 
 
 def test_documents_without_a_prefix_take_the_usual_way() -> None:
