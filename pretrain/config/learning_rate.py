@@ -7,6 +7,8 @@ from pretrain.config.numbers import NonNegative, NonNegativeFloat, PositiveFloat
 
 ScheduleKind = Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"]
 DecayShape = Literal["linear", "1-sqrt", "cosine"]
+WITH_FINAL_DECAY = ("wsd", "inverse_sqrt")
+"""Schedules with a `decay_shape`."""
 
 
 class LearningRateConfig(StrictModel):
@@ -69,7 +71,9 @@ class LearningRateSegment(StrictModel):
 
     def after(self, before: LearningRateConfig) -> LearningRateConfig:
         """The whole schedule, with what the one before it had."""
-        kept = before.model_dump(include={"lr", "min_lr", "schedule", "decay_shape"})
+        kept = before.model_dump(include={"lr", "min_lr", "schedule"})
+        if (self.schedule or before.schedule) in WITH_FINAL_DECAY:
+            kept["decay_shape"] = before.decay_shape
         named = {key: value for key, value in self.model_dump().items() if value is not None}
         return LearningRateConfig.model_validate(kept | named)
 
@@ -80,7 +84,7 @@ def check_schedule(config: LearningRateConfig, where: str) -> None:
         raise ValueError(f"{where}: lengths are in steps or in tokens; give *_steps or *_tokens, not both")
     if config.schedule == "inverse_sqrt" and not config.warmup:
         raise ValueError(f"{where}: schedule inverse_sqrt falls as √(warm-up / n); give warmup_steps or warmup_tokens")
-    if config.decay_shape != "linear" and config.schedule not in ("wsd", "inverse_sqrt"):
+    if config.decay_shape != "linear" and config.schedule not in WITH_FINAL_DECAY:
         raise ValueError(f"{where}.decay_shape: schedule {config.schedule} has its own shape; leave decay_shape out")
     if config.min_lr > config.lr and config.schedule != "constant":
         raise ValueError(f"{where}: min_lr {config.min_lr:g} is above lr {config.lr:g}; give a lower min_lr")

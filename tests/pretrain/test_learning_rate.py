@@ -207,6 +207,14 @@ def test_a_segment_counts_from_its_stage() -> None:
             {"from_step": 12, "learning_rate": {"lr": 1.0, "schedule": "constant", "warmup_tokens": 96}},
         ],
     )
+    shaped = {
+        "lr": 1.0,
+        "schedule": "wsd",
+        "decay_shape": "1-sqrt",
+        "decay_steps": 0,
+    }  # which linear does not take over
+    found_linear = rates(8, shaped, [{"from_step": 4, "learning_rate": {"schedule": "linear", "min_lr": 0.0}}])
+    assert found_linear == pytest.approx([1.0] * 4 + [0.75, 0.5, 0.25, 0.0])
     first = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
     # 2 · 64 + 4 · 32 tokens in all: decay over all 256 of them.
     decays = [0.5 * (1 - given / 256) for given in (64, 128, 160, 192, 224, 256)]
