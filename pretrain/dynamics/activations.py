@@ -87,4 +87,5 @@ class Activations:
 
 def square_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of squares, float64[], without a copy of `tensor` in another precision."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square()
+    norm: torch.Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    return norm.double().square()
