@@ -19,6 +19,6 @@ pipeline_parallel_size=2).rank_map()` prints
        7   1  0  1  1
 
 Open `layout.py` first (pure arithmetic), then `process_groups.py` (what becomes of it), then `attention.py` (how packed
-documents attend); `fully_sharded.py` spreads weights over data-parallel ranks. Nothing here is imported eagerly:
-`parallel.layout` needs neither torch nor megatron-core.
+documents attend), `context_parallel.py` (where ranks share their tokens) and `fully_sharded.py` (where they share the
+weights). Nothing here is imported eagerly: `parallel.layout` needs neither torch nor megatron-core.
 """

@@ -46,6 +46,7 @@ ULYSSES: dict[str, Any] = {"context_parallel_size": 2, "context_parallel_method"
 INTERLEAVED: dict[str, Any] = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}
 BREADTH_FIRST: dict[str, Any] = {**INTERLEAVED, "pipeline_schedule": "breadth_first"}
 OVERLAPPED: dict[str, Any] = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+EXPERTS: dict[str, Any] = {"family": "llama", "num_experts": 4, "moe_top_k": 2, "moe_ffn_hidden_size": 64}
 
 LAYOUTS: dict[str, Entry] = {
     "dp2": Entry(Layout(2)),
@@ -72,6 +73,11 @@ LAYOUTS: dict[str, Entry] = {
     "tp2+sp cp2": Entry(Layout(4, **TP_SP, context_parallel_size=2)),
     "tp2 cp2 all-to-all": Entry(Layout(4, tensor_parallel_size=2, **ULYSSES)),
     "tp2+sp pp2 cp2": Entry(Layout(8, **TP_SP, pipeline_parallel_size=2, context_parallel_size=2)),
+    "ep2": Entry(Layout(2, expert_parallel_size=2), EXPERTS),
+    "ep2 zero1": Entry(Layout(2, expert_parallel_size=2, distributed_optimizer=True), EXPERTS),
+    "dp2 of experts": Entry(Layout(2), EXPERTS),
+    "ep2 pp2": Entry(Layout(4, pipeline_parallel_size=2, expert_parallel_size=2), EXPERTS),
+    "ep2 tp2+sp": Entry(Layout(4, **TP_SP, expert_parallel_size=2), EXPERTS),
     "dp2 tp2+sp pp2 vpp2 breadth-first zero1": Entry(Layout(8, **TP_SP, **BREADTH_FIRST, distributed_optimizer=True)),
 }
 
