@@ -191,8 +191,12 @@ def run_megatron(shape: Shape, config: RunConfig) -> Any:
     return step
 
 
+def has_transformer_engine() -> bool:
+    return accelerator.has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
 def _stock_layers() -> Any:
-    if importlib.util.find_spec("transformer_engine") and accelerator.has_gpu():
+    if has_transformer_engine():
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec()
@@ -215,9 +219,7 @@ def main() -> None:
     row = {
         "shape": shape.preset,
         "arm": arm,
-        "layers": "TransformerEngine"
-        if arm == "megatron" and importlib.util.find_spec("transformer_engine")
-        else "own",
+        "layers": "own" if arm == "ours" else "TransformerEngine" if has_transformer_engine() else "local",
         "tokens_per_s": tokens / took,
         "mfu_full": full * tokens / took / PEAK_FLOPS,
         "mfu_causal": causal * tokens / took / PEAK_FLOPS,
