@@ -79,17 +79,15 @@ def corrupt(tokens: Tokens, spans: Spans, sentinels: list[int], draws: npt.NDArr
     """(input, target) of a piece, uint32 each; `draws` are as many random numbers as it has tokens."""
     stays = _divide(len(tokens) - spans.noise, spans.number, draws[spans.noise :])
     taken = _divide(spans.noise, spans.number, draws[: spans.noise])
-    edges = np.cumsum(np.stack([stays, taken], axis=1).reshape(-1)).tolist()
-    left: list[Tokens] = []
-    out: list[Tokens] = []
-    at = 0
-    for number in range(spans.number):
-        begin, end = edges[2 * number], edges[2 * number + 1]
-        mark = np.array([sentinels[number]], np.uint32)
-        left += [tokens[at:begin], mark]
-        out += [mark, tokens[begin:end]]
-        at = end
-    return np.concatenate(left), np.concatenate(out)
+    marks, of = np.array(sentinels[: spans.number], np.uint32), np.arange(spans.number)
+    is_taken = np.repeat(np.arange(2 * spans.number) % 2 == 1, np.stack([stays, taken], axis=1).reshape(-1))
+    left = np.empty(len(tokens) - spans.noise + spans.number, np.uint32)
+    left[np.cumsum(stays) + of] = marks
+    left[np.arange(len(tokens) - spans.noise) + of.repeat(stays)] = tokens[~is_taken]
+    out = np.empty(spans.noise + spans.number, np.uint32)
+    out[np.cumsum(taken) - taken + of] = marks
+    out[np.arange(spans.noise) + of.repeat(taken) + 1] = tokens[is_taken]
+    return left, out
 
 
 def _divide(total: int, parts: int, draws: npt.NDArray[np.uint64]) -> Int64:
