@@ -150,7 +150,8 @@ def update(
     if not math.isfinite(grad_norm):
         return grad_norm, True
     for part in optimizer.chained_optimizers:
-        if config.clip_grad > 0.0 and (parameters := part.get_parameters()):
+        parameters = [parameter for parameter in part.get_parameters() if parameter.grad is not None]
+        if config.clip_grad > 0.0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=config.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
     if measurement is not None:
