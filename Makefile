@@ -44,6 +44,7 @@ lint: develop  ## Format, style, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	! grep -rnIE '^(<{7}|>{7}) ' --include='*.py' --include='*.md' --include='*.yaml' --exclude-dir=.venv .
 
 format: develop  ## Rewrite files the way `make lint` wants them
 	$(BIN)/ruff format .
