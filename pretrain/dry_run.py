@@ -78,8 +78,9 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps": train.steps,
         "sequences": sum(stretch["steps"] * stretch["global_batch_size"] for stretch in stretches),
         "tokens": given,
-        "flops": sum(
-            stretch["steps"] * stretch["tokens_per_step"] * stretch["flops_per_token"]["full"] for stretch in stretches
+        "flops": sum(  # as a float: past 64 bits
+            float(stretch["steps"] * stretch["tokens_per_step"] * stretch["flops_per_token"]["full"])
+            for stretch in stretches
         ),
         "learning_rate": _schedule(config),
         "precision": train.precision,
