@@ -13,8 +13,8 @@ from typing import Any
 
 from data_scheduler.encoder import load_encoder
 from data_scheduler.paths import is_url
-from data_scheduler.stages import turns
-from data_scheduler.timeline import Timeline
+from data_scheduler.stages import Turn, turns
+from data_scheduler.timeline import Entry, Timeline
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.layouts import layouts_ahead
@@ -29,7 +29,7 @@ from pretrain.models.sizes import (
     query_groups,
 )
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
-from pretrain.stages import StageSettings, settings_of
+from pretrain.stages import StageSettings, schedule_of, settings_of
 
 MOST_RANKS = 16
 """Up to so many ranks are listed one by one; of more, the groups of rank 0."""
@@ -165,13 +165,18 @@ def _groups(layout: Layout) -> dict[str, str]:
 
 
 def _schedule(config: RunConfig) -> dict[str, Any]:
-    optimizer, steps = config.optimizer, config.train.steps
-    scales = [settings.lr_scale for *_, settings in _settings(config)]
+    shape, settings = Timeline(), list(_settings(config))
+    for order, (first, _, each) in enumerate(settings):
+        turn = Turn(first, each.number, each.seq_len, each.global_batch_size)
+        shape.put(Entry(first, order, turn.data, "config"))
+    last = config.train.steps - 1
+    own = config.optimizer
     return {
-        "schedule": optimizer.schedule,
-        "peak": optimizer.lr * max(scales),
-        "warmup_steps": optimizer.warmup_steps,
-        "end": learning_rate(steps - 1, optimizer, steps) * scales[-1],
+        "schedule": own.schedule,
+        "peak": max(schedule_of(config, each.number).lr * each.lr_scale for *_, each in settings),
+        "warmup_steps": own.warmup_steps,
+        "warmup_tokens": own.warmup_tokens,
+        "end": learning_rate(config, shape, last) * settings[-1][2].lr_scale,
     }
 
 
@@ -229,6 +234,8 @@ def _batch_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append((name, "; ".join(pieces)))
     flops = plan["batches"][0]["flops_per_token"]
     rate = plan["learning_rate"]
+    tokens = rate["warmup_tokens"]
+    warmup = f"{rate['warmup_steps']:,} steps" if tokens is None else f"{_si(tokens)} tokens"
     return [
         *lines,
         ("run", f"{plan['steps']:,} steps, {plan['sequences']:,} sequences, {_si(plan['tokens'])} tokens"),
@@ -239,7 +246,7 @@ def _batch_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "learning rate",
-            f"{rate['schedule']}: {rate['warmup_steps']:,} steps to {rate['peak']:.3g}, at the end {rate['end']:.3g}",
+            f"{rate['schedule']}: {warmup} to {rate['peak']:.3g}, at the end {rate['end']:.3g}",
         ),
     ]
 
