@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from parallel import accelerator, process_groups
-from parallel.attention import context_parallel_index
+from parallel.context_parallel import context_parallel_index
 from pretrain.loss import FIXED_POINT
 from pretrain.microbatch import MicroBatch
 from pretrain.selection import Float64
