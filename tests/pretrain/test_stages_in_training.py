@@ -318,7 +318,7 @@ def test_a_stage_may_go_on_in_another_layout(run_config: Make, staged: RunConfig
     sizes = [(meta["tensor_parallel_size"], meta["pipeline_parallel_size"]) for meta in saved]
     assert sizes == [(1, 1), (2, 1), (1, 1), (1, 2)]
     # The run is over, and only the last layout is still ahead: of one process, it would be refused.
-    with pytest.raises(LayoutError, match="1 processes cannot be split into"):
+    with pytest.raises(LayoutError, match="1 process cannot be split into"):
         checked_config(Path(config.run.dir) / "config.yaml", [], 1)
 
 
