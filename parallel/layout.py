@@ -13,6 +13,7 @@ from headrace.errors import LayoutError
 
 ContextParallelMethod = Literal["all_gather", "all_to_all"]
 PipelineSchedule = Literal["depth_first", "breadth_first"]
+ReduceGradients = Literal["step", "micro_batch"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Layout:
     expert_parallel_size: int = 1
     distributed_optimizer: bool = False
     fully_sharded: bool = False
+    reduce_gradients: ReduceGradients = "step"
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from parallel import accelerator
+
 
 @dataclass(frozen=True)
 class Prefixes:
@@ -138,7 +140,14 @@ def _kernel(
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(*tensors, *cu_seqlens, *longest, softmax_scale=scale, causal=causal)
+        out = flash_attn_varlen_func(
+            *tensors,
+            *cu_seqlens,
+            *longest,
+            softmax_scale=scale,
+            causal=causal,
+            deterministic=accelerator.is_deterministic(),  # torch's own kernel asks torch itself
+        )
         return out
     from torch.nn.attention.varlen import varlen_attn
 

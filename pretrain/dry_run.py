@@ -18,9 +18,9 @@ from data_scheduler.stages import Turn, turns
 from data_scheduler.timeline import Entry, Timeline
 from parallel.layout import Layout
 from pretrain.config import RunConfig
-from pretrain.layouts import layouts_ahead
+from pretrain.layouts import layout_from, layouts_ahead
 from pretrain.learning_rate import learning_rate
-from pretrain.models.memory import Batch, Kernels, StageMemory, memory_by_stage
+from pretrain.models.memory import Batch, Kernels, StageMemory, memory_by_stage, not_counted
 from pretrain.models.sizes import (
     block_parameters,
     count_parameters,
@@ -30,7 +30,7 @@ from pretrain.models.sizes import (
     query_groups,
 )
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
-from pretrain.stages import StageSettings, schedule_of, settings_of
+from pretrain.stages import StageSettings, parallel_of, schedule_of, settings_of
 
 MOST_RANKS = 16
 """Up to so many ranks are listed one by one; of more, the groups of rank 0."""
@@ -75,7 +75,10 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
             "text": str(layout),
             "groups_of_rank_0": _groups(layout),
         },
-        "batches": [{key: value for key, value in stretch.items() if key != "memory"} for stretch in stretches],
+        "batches": [
+            {key: value for key, value in stretch.items() if key not in ("memory", "not_counted")}
+            for stretch in stretches
+        ],
         "steps": train.steps,
         "sequences": sum(stretch["steps"] * stretch["global_batch_size"] for stretch in stretches),
         "tokens": given,
@@ -87,7 +90,7 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
         "precision": train.precision,
         "recompute": train.recompute,
         "memory": heaviest["memory"],
-        "missing": missing,
+        "missing": missing + heaviest["not_counted"],
     }
 
 
@@ -125,6 +128,9 @@ def _stretch(
     config: RunConfig, layout: Layout, vocab_size: int, first: int, steps: int, settings: StageSettings
 ) -> dict[str, Any]:
     size, micro = settings.global_batch_size, settings.micro_batch_size
+    own, scaling = layout_from(parallel_of(config, settings.number), layout.world_size), settings.rope_scaling
+    if own.data_parallel_size:  # else it is of a stage that is over, with more processes
+        layout = own
     batch = Batch(settings.seq_len, micro, size // layout.data_parallel_size // micro)
     train = config.train
     full, causal = flops_per_token(config.model, vocab_size, settings.seq_len)
@@ -133,18 +139,22 @@ def _stretch(
     )
     return {
         **settings._asdict(),
+        "rope_scaling": scaling and scaling.model_dump(exclude_none=True),
+        "trainable": None if settings.trainable is None else list(settings.trainable),
+        "layout": str(layout),
         "first_step": first,
         "steps": steps,
         "micro_batches": batch.micro_batches,
         "tokens_per_step": size * settings.seq_len,
         "flops_per_token": {"full": full, "causal": causal},
         "memory": [_memory(stage) for stage in stages],
+        "not_counted": [f"memory: {line}" for line in not_counted(config.model, layout, config.optimizer.kind)],
     }
 
 
 def kernels_of(config: RunConfig) -> Kernels:
-    """What the estimate takes for granted: a run in bf16 is for a GPU, one in fp32 for a CPU."""
-    gpu = config.train.precision == "bf16"
+    """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
+    gpu = config.train.precision != "fp32"
     choice = config.kernels.swiglu
     if choice == "auto" and not gpu:
         from parallel.kernels import swiglu
@@ -215,6 +225,7 @@ def _model_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
 def _layout_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     layout = Layout(**{key: plan["layout"][key] for key in Layout.__dataclass_fields__})
     sharded = ", optimizer state sharded (ZeRO-1)" if layout.distributed_optimizer else ""
+    sharded += ", weights, gradients and optimizer state sharded (ZeRO-3)" if layout.fully_sharded else ""
     lines = [("layout", f"{layout.world_size} {_plural('process', layout.world_size, 'es')}: {layout}{sharded}")]
     if 1 < layout.world_size <= MOST_RANKS:
         lines += [("" if number else "ranks", line) for number, line in enumerate(layout.rank_map().splitlines())]
@@ -234,6 +245,8 @@ def _batch_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{stretch['micro_batches']} {_plural('micro-batch', stretch['micro_batches'], 'es')} of "
             f"{stretch['micro_batch_size']} a rank",
         ]
+        if stretch["layout"] != plan["layout"]["text"]:
+            pieces.append(stretch["layout"])
         if len(plan["batches"]) > 1:
             pieces.append(f"from step {stretch['first_step']:,}, {stretch['steps']:,} steps")
         lines.append((name, "; ".join(pieces)))

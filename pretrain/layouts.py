@@ -8,7 +8,7 @@ from pretrain.models.sizes import layout_shapes
 
 def layout_from(parallel: ParallelConfig, world_size: int) -> Layout:
     """A `parallel` section on `world_size` processes."""
-    return Layout(world_size, **parallel.model_dump(exclude={"reduce_gradients"}))
+    return Layout(world_size, **parallel.model_dump())
 
 
 def layouts_ahead(config: RunConfig, world_size: int, vocab_size: int) -> list[Layout]:

@@ -44,7 +44,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[LanguageModel], layout: 
     wrapped = wrap(chunks, layout, precision, sharded)
     megatron.finalize_model_grads_func = finalize_model_grads
     # Without it every micro-batch's backward pass would start a reduction.
-    if layout.overlap_grad_reduce or (layout.fully_sharded and config.parallel.reduce_gradients == "step"):
+    if layout.overlap_grad_reduce or (layout.fully_sharded and layout.reduce_gradients == "step"):
         silent = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = silent if len(silent) > 1 else silent[0]
     names = parameter_names(wrapped if layout.fully_sharded else chunks)

@@ -2,10 +2,10 @@
 
     weights      numel · itemsize                                          exact
     gradients    numel · 4: buffers are fp32 in every precision            exact
-    optimizer    Adam's two moments, under bf16 the master weights: 8 or 12 bytes a parameter; with
+    optimizer    Adam's two moments, under bf16 and fp16 the master weights: 8 or 12 bytes a parameter; with
                  parallel.distributed_optimizer shared out over data- and context-parallel ranks (ZeRO-1)
     activations  what autograd keeps of a block for one token, times layers, tokens and micro-batches in flight
-    logits       float32[tokens, vocabulary / tp], under bf16 a copy in bf16 while they are made, and the last norm's
+    logits       float32[tokens, vocabulary / tp], under bf16 and fp16 a copy in that while they are made, and the last norm's
                  input and output
     recomputed   what one block makes again in the backward pass
     inputs       all micro-batches of a step, with the cosines and sines of their positions
@@ -20,7 +20,9 @@ Worked example: `llama-1b`, bf16, one GPU, 4,096 tokens, hidden 2,048, FFN 8,192
 a token keeps 2·(2,048·4 + 3,072 + 2,048 + 512 + 2,048 + 5·8,192) bytes and a little for norms and softmax: 114 kB; in
 16 blocks 4,096 tokens keep 7.5 GB.
 
-Not counted: what the allocator cannot use, the CUDA context (about 0.5 GB), NCCL's buffers, workspaces of matrix
+Dense models under AdamW alone are counted, with whole weights: `not_counted` says what of a run is not.
+
+Not counted either: what the allocator cannot use, the CUDA context (about 0.5 GB), NCCL's buffers, workspaces of matrix
 products. `tests/pretrain/test_memory.py` holds weights, gradients and optimizer against the real buffers, and the
 activations, on a CPU, against what autograd saves; what a GPU's kernels keep is from their sources, not yet measured.
 """
@@ -33,7 +35,7 @@ from parallel.layout import Layout
 from pretrain.config import ModelConfig
 from pretrain.models.sizes import FAMILIES, attention_width, has_qk_norm, head_size, query_groups
 
-ITEMSIZE = {"fp32": 4, "bf16": 2}
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 BYTES_PER_INPUT = 8 + 8 + 8 + 8 + 1
 """Of a token: id, label, position, source, mask."""
 
@@ -81,12 +83,24 @@ class StageMemory(NamedTuple):
         return standing + self.activations + max(self.logits, self.recomputed)
 
 
+def not_counted(model: ModelConfig, layout: Layout, optimizer: str) -> Iterator[str]:
+    """What `memory_by_stage` does not know of a run, for people; `optimizer` is its kind."""
+    if model.num_experts is not None:
+        yield "experts: every block is counted with a dense MLP of ffn_hidden_size"
+    if model.mtp is not None:
+        yield "multi-token heads: their weights, activations and logits are not counted"
+    if layout.fully_sharded:
+        yield "fully sharded weights: weights, gradients and optimizer state are counted as if every rank had all"
+    if optimizer != "adamw":
+        yield f"{optimizer}: its state is counted as if it were AdamW's, which has more"
+
+
 def memory_by_stage(
     model: ModelConfig,
     vocab_size: int,
     layout: Layout,
     batch: Batch,
-    precision: Literal["fp32", "bf16"] = "bf16",
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
     recompute: Literal["none", "selective", "full"] = "none",
     kernels: Kernels = GPU,
 ) -> list[StageMemory]:
@@ -122,9 +136,7 @@ def _stage(
     logits = 0
     if stage == layout.pipeline_parallel_size - 1:
         logits = block.final + vocab_size // layout.tensor_parallel_size * (4 + (itemsize if itemsize < 4 else 0))
-    # Context parallelism gathers all keys and values, under a mask of [local, all] tokens.
-    mask = batch.seq_len * batch.micro_batch_size if layout.context_parallel_size > 1 else 0
-    inputs = BYTES_PER_INPUT + head_size(model) * itemsize + mask
+    inputs = BYTES_PER_INPUT + head_size(model) * itemsize + _indices(layout)
     return StageMemory(
         stage=stage,
         parameters=parameters,
@@ -136,6 +148,15 @@ def _stage(
         recomputed=tokens * again,
         inputs=tokens * inputs * batch.micro_batches,
     )
+
+
+def _indices(layout: Layout) -> int:
+    """Bytes a token of a rank needs under context parallelism to say where others' tokens go: of an all-gather the keys
+    of both its pieces, of an all-to-all every token's place, there and back; int64."""
+    cp = layout.context_parallel_size
+    if cp == 1:
+        return 0
+    return 16 * cp if layout.context_parallel_method == "all_to_all" else 8 * cp + 4
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -250,7 +271,9 @@ def _block(model: ModelConfig, layout: Layout, itemsize: int, kernels: Kernels) 
             qkv += 8 * (width + key_value)
         attention_input = itemsize * (width + key_value)
     rotated = itemsize * (width + key_value)
-    if layout.context_parallel_size > 1:
+    if layout.context_parallel_method == "all_to_all":
+        rotated += itemsize * (key_value + width)  # what is swapped: values, and the output of some heads
+    elif layout.context_parallel_size > 1:
         rotated += itemsize * (2 * key_value * layout.context_parallel_size - key_value)
     if family.gated:
         mlp = itemsize * ffn * (3 if kernels.fused_swiglu else 5)
@@ -276,5 +299,6 @@ def _in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
         return 1
     if chunks == 1:
         return min(micro_batches, pipeline - stage)
-    warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline
+    group = micro_batches if layout.pipeline_schedule == "breadth_first" else pipeline
+    warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * group
     return min(micro_batches * chunks, warm_up + 1)

@@ -19,6 +19,7 @@ from parallel.layout import Layout, validate
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, Progress
 from pretrain.config import RunConfig, validate_config
+from pretrain.layouts import layout_from
 from pretrain.models.sizes import layout_shape
 from pretrain.step import TrainState, evaluate_step, train_step
 
@@ -141,7 +142,9 @@ def test_a_step_reduces_and_gathers_as_often_as_it_must(reduce: str, tied: bool)
 @pytest.mark.multiprocess
 def test_reducing_after_every_micro_batch_changes_rounding_only() -> None:
     config = tiny_config("llama", micro_batch_size=1)
-    results = run_ranks(2, tiny_steps, reducing(config, "micro_batch"), sharded(2), timeout_s=120)[0]
+    layout = layout_from(reducing(config, "micro_batch").parallel, 2)
+    assert layout == sharded(2, reduce_gradients="micro_batch")
+    results = run_ranks(2, tiny_steps, config, layout, timeout_s=120)[0]
     for result, reference in zip(results, single_process(config.model_dump_json()), strict=True):
         assert (result.loss, result.grad_norm) == pytest.approx(reference, rel=1e-5)
 

@@ -184,3 +184,26 @@ def test_what_splits_what() -> None:
     interleaved = whole(Layout(4, pipeline_parallel_size=4, virtual_pipeline_parallel_size=2))
     assert interleaved[0].activations / kept[0] == pytest.approx(1 + 3 / 8)  # 1 + (p - 1) / (p·v), arXiv 2104.04473
     assert [one.activations > whole(Layout(1), recompute=kind)[0].activations for kind in ("selective", "full")]
+
+
+def test_breadth_first_holds_every_micro_batch_of_all_chunks_but_the_last() -> None:
+    layout = Layout(4, pipeline_parallel_size=4, virtual_pipeline_parallel_size=2, pipeline_schedule="breadth_first")
+    model, batch = PRESETS["llama-8b"], Batch(4096, 1, 8)
+    [one, *_] = memory_by_stage(model, 128_256, Layout(1), batch)
+    [first, *_, last] = memory_by_stage(model, 128_256, layout, batch)
+    # Each chunk has an eighth of the layers; 2 · (4 − 1) + 8 + 1 and 8 + 1 forward passes wait.
+    assert first.activations / one.activations == pytest.approx(15 / 8, rel=0.01)
+    assert last.activations / one.activations == pytest.approx(9 / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["all_gather", "all_to_all"])
+def test_context_parallel_inputs_grow_with_the_tokens_only(method: Any) -> None:
+    layout = Layout(2, context_parallel_size=2, context_parallel_method=method)
+    short, long = (memory_by_stage(PRESETS["llama-8b"], 128, layout, Batch(n, 1, 1))[0] for n in (4096, 8192))
+    assert long.inputs == 2 * short.inputs
+
+
+def test_fp16_needs_what_bf16_does() -> None:
+    model, batch = PRESETS["llama-8b"], Batch(4096, 1, 8)
+    found = [memory_by_stage(model, 128_256, Layout(1), batch, precision) for precision in ("fp16", "bf16")]
+    assert found[0] == found[1]

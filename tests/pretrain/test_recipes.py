@@ -77,6 +77,30 @@ def test_the_arithmetic_of_a_run_in_stages() -> None:
     assert first["flops_per_token"]["causal"] == 6 * matrices + 6 * 16 * 2048 * 4096
 
 
+def test_a_stage_with_another_layout_has_its_own_micro_batches() -> None:
+    stage = "{from_step: 10, parallel: {tensor_parallel_size: 2}, trainable: ['*'], rope_scaling: {kind: ntk, factor: 2}}"
+    overrides = ["train.steps=30", "optimizer.warmup_steps=2", f"stages=[{stage}]", "train.precision=fp16"]
+    plan = describe(load_config(recipe("llama_1b"), overrides), 8)
+    assert json.loads(json.dumps(plan)) == plan
+    first, second = plan["batches"]
+    assert (first["micro_batches"], second["micro_batches"]) == (256 // 8 // 2, 256 // 4 // 2)
+    assert "tp=2" in as_text(plan)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.num_experts=4", "experts"),
+        ("model.mtp={depth: 1}", "multi-token heads"),
+        ("parallel={fully_sharded: true}", "fully sharded weights"),
+        ("optimizer.kind=muon", "muon"),
+    ],
+)
+def test_what_the_memory_does_not_count_is_said(override: str, said: str) -> None:
+    lines = describe(load_config(recipe("llama_1b"), [override]), 8)["missing"]
+    assert [line for line in lines if line.startswith(f"memory: {said}")]
+
+
 def test_without_a_vocabulary_it_says_so(tmp_path: Path, corpus: Path) -> None:
     unknown = ["model.vocab_size=null", f"data.tokenizer={tmp_path}/none"]
     plan = describe(load_config(recipe("llama_1b"), unknown), 8)
