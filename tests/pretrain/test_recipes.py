@@ -78,7 +78,9 @@ def test_the_arithmetic_of_a_run_in_stages() -> None:
 
 
 def test_a_stage_with_another_layout_has_its_own_micro_batches() -> None:
-    stage = "{from_step: 10, parallel: {tensor_parallel_size: 2}, trainable: ['*'], rope_scaling: {kind: ntk, factor: 2}}"
+    stage = (
+        "{from_step: 10, parallel: {tensor_parallel_size: 2}, trainable: ['*'], rope_scaling: {kind: ntk, factor: 2}}"
+    )
     overrides = ["train.steps=30", "optimizer.warmup_steps=2", f"stages=[{stage}]", "train.precision=fp16"]
     plan = describe(load_config(recipe("llama_1b"), overrides), 8)
     assert json.loads(json.dumps(plan)) == plan
