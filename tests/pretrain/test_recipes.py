@@ -43,7 +43,8 @@ def test_every_preset_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_what_a_dry_run_says(name: str) -> None:
+def test_what_a_dry_run_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a developer may have made data/ in the project's folder
     processes, layout, parameters, tokens, memory = EXPECTED[name]
     assert f"--dry-run --world-size {processes}\n" in recipe(name).read_text()
     plan = describe(load_config(recipe(name)), processes)
