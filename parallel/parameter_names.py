@@ -6,6 +6,7 @@ is the first matrix of the eighth block's MLP, whichever pipeline stage holds it
 """
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch
 INPUT_EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_HEAD = "output_layer.weight"
 BLOCKS = "decoder.layers."
+HEADS = "multi_token_heads."
+"""Each of them a transformer block of its own."""
 
 
 def parameter_names(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, str]:
@@ -36,5 +39,11 @@ def parameter_names(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, str]:
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether this is one of the blocks' matrices, the weights that grow with the width in both directions."""
-    return name.startswith(BLOCKS) and parameter.dim() == 2
+    """Whether this is one of the blocks' matrices, the weights that grow with the width in both directions; those of
+    multi-token heads are blocks too."""
+    return name.startswith((BLOCKS, HEADS)) and parameter.dim() == 2
+
+
+def is_trainable(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether a parameter of this name is updated where those that match one of `patterns` are; None: all are."""
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -30,6 +30,7 @@ from headrace.version import __version__
 from parallel import accelerator, exchange
 from parallel.engine import dist_checkpointing, parallel_state
 from parallel.layout import Layout
+from parallel.whole_parameter_optimizer import WholeParameterOptimizer
 from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import ModelConfig
 from pretrain.config.rope import RopeScalingConfig
@@ -137,7 +138,7 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
         fp32_weights_name(distributed, state.config.train.precision)
         for distributed in (state.layout.distributed_optimizer, meta["layout"]["distributed_optimizer"])
     )
-    if now == there:
+    if now == there or isinstance(state.optimizer, WholeParameterOptimizer):  # which has one form
         optimizer = _load(path, wanted, state)["optimizer"]
     else:
         other_form = wanted.pop("optimizer")
@@ -183,10 +184,11 @@ def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
     if not meta.get("weights_only", False):
         _check_optimizer(path, meta, state)
     converted = {"precision"} if meta.get("weights_only", False) else set()
-    for key, value in _identity(state).items():
-        if key not in converted and meta["model"].get(key) != value:
+    there, here = ({"mup": False} | identity for identity in (meta["model"], _identity(state)))
+    for key, value in here.items():
+        if key not in converted and there.get(key) != value:
             raise CheckpointError(
-                f"{path}: is of another model: {key} is {meta['model'].get(key)!r} there and {value!r} in the "
+                f"{path}: is of another model: {key} is {there.get(key)!r} there and {value!r} in the "
                 "configuration; change the configuration, or start a new run folder"
             )
 

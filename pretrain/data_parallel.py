@@ -36,7 +36,8 @@ def gather_weights(wrapped: Sequence[Any]) -> None:
     """Make the weights of `wrapped` whole on every rank; all ranks call this before anything reads them between steps.
 
     With `overlap_param_gather` a rank otherwise has the new values of its own part only until the next forward pass.
+    Chunks that are not wrapped, those of a model that is not trained, are whole.
     """
     for chunk in wrapped:
-        if chunk.ddp_config.overlap_param_gather:
+        if hasattr(chunk, "ddp_config") and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

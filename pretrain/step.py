@@ -123,7 +123,14 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
     measurement = None
     if state.measured:
         measurement = Measurement(
-            state.chunks, state.stored, state.optimizer, state.layout, state.ranks, microbatches, scale
+            state.chunks,
+            state.stored,
+            state.optimizer,
+            state.layout,
+            state.ranks,
+            microbatches,
+            scale,
+            state.stage.trainable,
         )
     with measurement or nullcontext():
         report = _run(state, microbatches, forward_only=False, measurement=measurement)

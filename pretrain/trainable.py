@@ -16,7 +16,7 @@ import torch
 
 from headrace.errors import ConfigError
 from parallel import process_groups
-from parallel.parameter_names import parameter_names
+from parallel.parameter_names import is_trainable, parameter_names
 from pretrain.config import RunConfig
 from pretrain.models.gpt import LanguageModel
 
@@ -63,5 +63,5 @@ def frozen(chunks: Sequence[Any], optimizer: Any, trainable: Sequence[str] | Non
     return [
         updated.get(id(parameter), parameter)
         for parameter, name in parameter_names(chunks).items()
-        if not any(fnmatchcase(name, pattern) for pattern in trainable)
+        if not is_trainable(name, trainable)
     ]

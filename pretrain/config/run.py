@@ -73,6 +73,15 @@ class RunConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _padding_is_not_balanced(self) -> "RunConfig":
+        if self.train.selection is not None and self.model.num_experts is not None and self.model.moe_aux_loss:
+            raise ValueError(
+                "train.selection: a step of it holds padding, how much depends on the layout, which model.moe_aux_loss "
+                "would balance too; set that to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _layouts_can_see_ahead(self) -> "RunConfig":
         layouts = [self.parallel, *(stage.parallel for stage in self.stages if stage.parallel is not None)]
         if any(each.context_parallel_size > 1 and each.context_parallel_method != "all_to_all" for each in layouts):
@@ -111,6 +120,9 @@ class RunConfig(StrictModel):
         if self.optimizer.kind == "muon" and self.train.precision == "fp16":
             # Two optimizers would each keep a loss scale of their own.
             raise ValueError("optimizer.kind: muon does not go with train.precision: fp16; use bf16 or fp32")
+        if self.model.num_experts is not None and self.train.precision == "fp16":
+            # Likewise: megatron-core has an optimizer of its own for experts.
+            raise ValueError("model.num_experts does not go with train.precision: fp16; use bf16 or fp32")
         layouts = [self.parallel, *(stage.parallel for stage in self.stages if stage.parallel is not None)]
         if self.optimizer.kind != "adamw" and any(parallel.overlap_param_gather for parallel in layouts):
             raise ValueError(f"parallel.overlap_param_gather does not go with optimizer.kind: {self.optimizer.kind}")

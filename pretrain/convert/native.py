@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from headrace.errors import CheckpointError
+from parallel.parameter_names import HEADS
 from pretrain.convert.tensors import Native
 
 # What megatron-core 0.16.1 writes beside torch's files, and asks for when it loads.
@@ -42,12 +43,12 @@ FORMAT = {
 }
 LINEAR_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
-HEADS = "multi_token_heads."
-"""Weights that only training uses: no other format has a place for them."""
-
 
 class NativeReader:
-    """Whole tensors of the checkpoint in a folder. Raises CheckpointError when it does not hold just `expected`."""
+    """Whole tensors of the checkpoint in a folder. Raises CheckpointError when it does not hold just `expected`.
+
+    Multi-token heads are passed over: only training uses them, and no other format has a place for them.
+    """
 
     def __init__(self, path: Path, expected: Iterable[Native]) -> None:
         self.path = path

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from parallel.layout import Layout
+from parallel.parameter_names import is_trainable, parameter_names
 from parallel.process_groups import Ranks
 from pretrain.dynamics.activations import Activations
-from pretrain.dynamics.noise_scale import MicroBatchGradients, NoiseScale, estimate
+from pretrain.dynamics.noise_scale import MicroBatchGradients, NoiseScale, estimate, is_measured
 from pretrain.dynamics.totals import Reduced, Totals
 from pretrain.dynamics.weights import Weights
 from pretrain.microbatch import MicroBatch
@@ -33,15 +34,18 @@ class Measurement:
         ranks: Ranks,
         microbatches: Sequence[MicroBatch],
         loss_scale: float = 1.0,
+        trainable: Sequence[str] | None = None,
     ) -> None:
-        """`stored` has the parameters that the optimizer updates: the chunks, or what holds their shards."""
+        """`stored` has the parameters that the optimizer updates: the chunks, or what holds their shards. `trainable`:
+        as in `pretrain.trainable`; of what is frozen there is no noise, since the step's gradient lacks it."""
         self._layout = layout
         self._totals = totals = Totals(chunks[0].config.num_layers)
         tokens = [int(microbatch.loss_mask.sum()) for microbatch in microbatches]
         self._activations = Activations(chunks, totals)
         # Of fully sharded weights no rank ever has a micro-batch's gradient.
-        whole = [] if layout.fully_sharded else chunks
-        self._gradients = MicroBatchGradients(whole, tokens, layout.context_parallel_size, loss_scale, totals)
+        whole = {} if layout.fully_sharded else parameter_names(chunks)
+        noisy = [each for each, name in whole.items() if is_measured(name) and is_trainable(name, trainable)]
+        self._gradients = MicroBatchGradients(noisy, tokens, layout.context_parallel_size, loss_scale, totals)
         self._weights = Weights(stored, optimizer, ranks.tp_rank, totals)
         # All ranks of one model know the same of their micro-batches.
         ranks_of_a_model = layout.world_size // layout.data_parallel_size

@@ -85,19 +85,23 @@ class MicroBatchGradients:
     """Hooks that add up |g_i|²/n_i as backward passes finish a gradient."""
 
     def __init__(
-        self, chunks: Sequence[Any], tokens: Sequence[int], cp_size: int, loss_scale: float, totals: Totals
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        tokens: Sequence[int],
+        cp_size: int,
+        loss_scale: float,
+        totals: Totals,
     ) -> None:
-        """tokens: target tokens of each of this rank's micro-batches, in order; `loss_scale`: factor of gradients."""
-        self._chunks, self._tokens, self._cp_size, self._totals = chunks, tokens, cp_size, totals
+        """parameters: those that are measured; tokens: target tokens of each of this rank's micro-batches, in order;
+        `loss_scale`: factor of gradients."""
+        self._parameters, self._tokens, self._cp_size, self._totals = parameters, tokens, cp_size, totals
         self._factor = 1.0 / (loss_scale * loss_scale * cp_size)
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         """Install the hooks."""
-        for chunk in self._chunks:
-            for name, parameter in chunk.named_parameters():
-                if is_measured(name):
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook()))
+        for parameter in self._parameters:
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook()))
 
     def detach(self) -> None:
         """Take them away."""

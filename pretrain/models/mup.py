@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from headrace.errors import ConfigError
-from parallel.parameter_names import BLOCKS, is_block_matrix
+from parallel.parameter_names import BLOCKS, HEADS, is_block_matrix
 from pretrain.config import ModelConfig
 
 
@@ -35,7 +35,7 @@ def width_ratio(config: ModelConfig) -> float:
 
 def std_factor(config: ModelConfig, key: str) -> float:
     """Factor of the standard deviation at the start of the matrix called `key` in checkpoints."""
-    return 1.0 / math.sqrt(width_ratio(config)) if key.startswith(BLOCKS) else 1.0
+    return 1.0 / math.sqrt(width_ratio(config)) if key.startswith((BLOCKS, HEADS)) else 1.0
 
 
 def lr_factor(config: ModelConfig, kind: str, name: str, parameter: torch.Tensor) -> float:

@@ -69,6 +69,18 @@ def test_mistakes_name_the_key_and_what_to_do(path: Path, override: str, message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.precision=fp16", "model.num_experts does not go with train.precision: fp16"),
+        ("train.selection={kind: rho1}", "train.selection: a step of it holds padding"),
+    ],
+)
+def test_what_does_not_go_with_experts(path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, ["model.num_experts=4", override])
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not found"):
         load_config(tmp_path / "none.yaml")

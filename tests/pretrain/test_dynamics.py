@@ -340,6 +340,19 @@ def test_noise_is_estimated_without_bias(uneven: bool) -> None:
     assert np.median(late) == pytest.approx((spread @ spread) / (mean @ mean), rel=0.15)
 
 
+def test_frozen_matrices_have_no_part_in_the_noise() -> None:
+    # A single matrix is trained: with equal micro-batches there is nothing that its gradients differ by.
+    state = tiny_state(tiny_config("qwen3", micro_batch_size=2), Layout(1))
+    state.measured = True
+    state.stage = state.stage._replace(trainable=("decoder.layers.2.mlp.linear_fc2.weight",))
+    values = train_step(state, [tiny_batch(0)[0]] * 4, LR).dynamics
+    assert values is not None
+    signal, tokens = values["gradient_signal"], 4 * float(tiny_batch(0)[0].loss_mask.sum())
+    assert isinstance(signal, float)
+    assert values["gradient_variance"] == pytest.approx(0.0, abs=1e-4 * signal * tokens)
+    process_groups.shutdown()
+
+
 def test_equal_batches_give_the_equation_of_the_paper() -> None:
     small, large, each, micro_batches = 0.9, 0.2, 64.0, 8  # |G_small|², |G_big|², B_small, B_big / B_small
     whole = each * micro_batches

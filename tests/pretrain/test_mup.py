@@ -80,6 +80,8 @@ def test_factors_are_those_of_table_8() -> None:
         for name, parameter in ((norm, vector), ("output_layer.weight", matrix)):
             assert lr_factor(model, kind, name, parameter) == of_others
     assert std_factor(model, "decoder.layers.mlp.linear_fc1.weight") == 1 / 2
+    head = "multi_token_heads.layer_0.mlp.linear_fc1.weight"  # a block as any other
+    assert (std_factor(model, head), lr_factor(model, "adamw", head, matrix)) == (1 / 2, 1 / 4)
     assert std_factor(model, "embedding.word_embeddings.weight") == std_factor(model, "output_layer.weight") == 1.0
     assert attention_scale(model) == math.sqrt(16) / 64
     config = config_of(256, True)
@@ -126,6 +128,14 @@ def test_weights_of_another_base_are_refused(key: str, value: Any, tmp_path: Pat
     state = tiny_state(config_of(64, True), Layout(1))
     other = model_identity(state.config.model.model_copy(update={key: value}), 128, "fp32")
     with pytest.raises(CheckpointError, match=f"is of another model: {'mup' if key == 'mup' else key} is"):
+        check_model(tmp_path, {"model": other, "weights_only": True}, state)
+    process_groups.shutdown()
+
+
+def test_weights_of_a_mup_model_are_refused_without_it(tmp_path: Path) -> None:
+    state = tiny_state(config_of(64, False), Layout(1))
+    other = model_identity(config_of(64, True).model, 128, "fp32")
+    with pytest.raises(CheckpointError, match="is of another model: mup is True there and False"):
         check_model(tmp_path, {"model": other, "weights_only": True}, state)
     process_groups.shutdown()
 

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
 
 from parallel import process_groups
 from parallel.layout import Layout
+from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.step import StepResult, train_step
 
@@ -86,3 +88,24 @@ def test_momentum_in_bf16_survives_a_change_of_layout(tmp_path: Path) -> None:
     assert [result.loss for result in again] == [result.loss for result in expected]
     other = run_ranks(2, load_then_go_on, config, LAYOUTS["tp2+sp"], tmp_path / "a", 3, 2, timeout_s=120)
     assert other[0][1].loss == pytest.approx(expected[1].loss, rel=2e-3)  # bf16 adds in another order
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("sgd", "bf16"), ("muon", "fp32")])
+def test_a_checkpoint_is_loaded_with_and_without_owners(
+    kind: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The position of the data is another test's business.
+    monkeypatch.setattr(checkpoint, "save_state", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "load_state", lambda _: {})
+    monkeypatch.setattr(checkpoint, "Snapshots", lambda _: SimpleNamespace(save=lambda _: None))
+    config = tiny_config(kind=kind, precision=precision)
+    state = tiny_state(config, Layout(1))
+    train_step(state, tiny_batch(0), 1e-2)
+    path = checkpoint.Checkpoints(tmp_path).save(state, {}, checkpoint.Progress(1, 0), 0)
+    expected = train_step(state, tiny_batch(1), 1e-2), train_step(state, tiny_batch(2), 1e-2)
+    process_groups.shutdown()
+    state = tiny_state(config, Layout(1, distributed_optimizer=True))
+    checkpoint.load(path, state)
+    for step, before in enumerate(expected, start=1):
+        assert train_step(state, tiny_batch(step), 1e-2).loss == before.loss
+    process_groups.shutdown()
