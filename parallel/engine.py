@@ -1,7 +1,7 @@
 """The one door to megatron-core: the only file that imports it, after the device is ready.
 
 Everything the tree uses of megatron-core is named here. The version is pinned because the CPU door and the submodules
-in `spec.py` are written against it; `tests/pretrain/test_step.py` (every layout gives the single-process loss curve)
+in `spec.py` are written against it; `tests/pretrain/test_equivalence.py` (every layout trains as one process does)
 is the canary for a new one.
 """
 # ruff: noqa: E402, I001  (the imports below must follow install())

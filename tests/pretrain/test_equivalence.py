@@ -17,8 +17,8 @@ from parallel.layout import Layout
 
 STEPS = 5
 TOLERANCE = 1e-5
-Curve = list[tuple[float, float, list[int]]]
-"""(loss, gradient norm, tokens by source) of each step."""
+Curve = list[tuple[float, float, list[int], list[int]]]
+"""(loss, gradient norm, tokens by source, summed losses by source) of each step."""
 
 
 def curves(layout: Layout, variants: tuple[dict[str, object], ...]) -> list[Curve]:
@@ -28,7 +28,7 @@ def curves(layout: Layout, variants: tuple[dict[str, object], ...]) -> list[Curv
     for variant in variants:
         results = steps_of(matrix_state(variant, layout, ranks), 0, STEPS)
         assert not any(result.skipped for result in results)
-        found.append([(result.loss, result.grad_norm, result.source_tokens.tolist()) for result in results])
+        found.append([(r.loss, r.grad_norm, r.source_tokens.tolist(), r.source_loss_sums.tolist()) for r in results])
     if layout.world_size == 1:
         process_groups.shutdown()
     return found
