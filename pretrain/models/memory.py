@@ -5,8 +5,8 @@
     optimizer    Adam's two moments, under bf16 and fp16 the master weights: 8 or 12 bytes a parameter; with
                  parallel.distributed_optimizer shared out over data- and context-parallel ranks (ZeRO-1)
     activations  what autograd keeps of a block for one token, times layers, tokens and micro-batches in flight
-    logits       float32[tokens, vocabulary / tp], in half precision a copy in it while they are made; the last norm's
-                 input and output
+    logits       float32[tokens, vocabulary / tp], in half precision a copy in it while they are made, and the last
+                 norm's input and output
     recomputed   what one block makes again in the backward pass
     inputs       all micro-batches of a step, with the cosines and sines of their positions
 
