@@ -96,7 +96,7 @@ def _describe(problem: Any, place: _Place, key: str) -> str:
     if kind in ("model_type", "model_attributes_type"):
         known_keys = f" with keys of: {', '.join(place.inside)}" if place.inside else ""
         return f"{key or 'the file'}: expected a section{known_keys}{shown}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = message[0].lower() + message[1:] + shown
     return f"{key}: {message}" if key else message
 

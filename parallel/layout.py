@@ -161,7 +161,7 @@ def _advice(layout: Layout, shape: Shape) -> str:
     """The end of an error: layouts of as many processes that fit, or else numbers of processes that have one."""
     near = nearest_layouts(layout, shape)
     if near:
-        return f"; layouts that fit {layout.world_size} processes: {', '.join(map(str, near))}"
+        return f"; layouts that fit {_processes(layout.world_size)}: {', '.join(map(str, near))}"
     sizes = sorted(range(1, layout.world_size + 33), key=lambda size: abs(size - layout.world_size))[:64]
     others = []
     for size in sizes:
@@ -169,8 +169,13 @@ def _advice(layout: Layout, shape: Shape) -> str:
             others.append(f"{size} ({other})")
         if len(others) == 2:
             break
-    hint = f"; numbers of processes that do: {', '.join(others)}" if others else ""
-    return f"; no layout fits {layout.world_size} processes{hint}" if layout.world_size > 0 else ""
+    if not others or layout.world_size < 1:  # no number of processes mends it, or any does
+        return ""
+    return f"; no layout fits {_processes(layout.world_size)}; numbers of processes that do: {', '.join(others)}"
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
 
 
 def _own_problem(layout: Layout) -> str | None:
@@ -186,7 +191,7 @@ def _own_problem(layout: Layout) -> str | None:
             return f"{name} must be at least 1, got {size}"
     if layout.world_size % layout.model_parallel_size:
         return (
-            f"{layout.world_size} processes cannot be split into tensor_parallel_size "
+            f"{_processes(layout.world_size)} cannot be split into tensor_parallel_size "
             f"{layout.tensor_parallel_size} x pipeline_parallel_size {layout.pipeline_parallel_size} x "
             f"context_parallel_size {layout.context_parallel_size} = {layout.model_parallel_size}"
         )
@@ -210,7 +215,7 @@ def _own_problem(layout: Layout) -> str | None:
     stage = layout.world_size // layout.pipeline_parallel_size
     if stage % layout.expert_parallel_size:
         return (
-            f"expert_parallel_size {layout.expert_parallel_size} does not divide the {stage} processes "
+            f"expert_parallel_size {layout.expert_parallel_size} does not divide the {_processes(stage)} "
             "of a pipeline stage"
         )
     if layout.overlap_param_gather and not (layout.distributed_optimizer and layout.overlap_grad_reduce):

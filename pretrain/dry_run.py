@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_scheduler.encoder import load_encoder
+from data_scheduler.objectives.draw import Objectives
 from data_scheduler.paths import is_url
 from data_scheduler.stages import Turn, turns
 from data_scheduler.timeline import Entry, Timeline
@@ -107,7 +108,11 @@ def _tokenizer_size(config: RunConfig, missing: list[str]) -> int | None:
     if not path.exists():
         missing.append(f"data.tokenizer: nothing at {path}")
         return None
-    return load_encoder(path, fast=False).vocab_size
+    encoder = load_encoder(path, fast=False)
+    for source in config.data.sources:
+        if objectives := config.data.objectives_of(source):
+            Objectives(objectives, encoder, source.name)  # raises ConfigError for special tokens that there are not
+    return encoder.vocab_size
 
 
 def _settings(config: RunConfig) -> Iterator[tuple[int, int, StageSettings]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from headrace.errors import ConfigError
 from parallel import process_groups
 from parallel.adam import GroupStepAdam
 from parallel.engine import (
@@ -54,8 +53,6 @@ def build_optimizer(config: RunConfig, chunks: Sequence[LanguageModel], layout: 
     if kind == "adamw":
         optimizer = get_megatron_optimizer(settings, wrapped, special, use_gloo_process_groups=False)
     else:
-        if megatron.num_moe_experts:  # their matrices are split over groups of their own
-            raise ConfigError(f"optimizer.kind: {kind} does not know experts; train a mixture of experts with adamw")
         groups = get_parameter_groups(wrapped, settings, special)
         parts = _sgd(config.optimizer, groups) if kind == "sgd" else _muon(config, groups, names, megatron)
         optimizer = WholeParameterOptimizer(parts, settings, names, layout.distributed_optimizer)

@@ -51,7 +51,7 @@ def find_sentinels(config: FimTransform, encoder: Encoder, source: str) -> Senti
             if None not in ids:
                 return Sentinels(*(number for number in ids if number is not None))
         raise ConfigError(
-            f"source {source!r}: transforms: fim needs special tokens for prefix, middle and suffix, and the tokenizer "
+            f"source {source!r}: fim needs special tokens for prefix, middle and suffix, and the tokenizer "
             f"has neither {FAMILIES[0][0]} nor {FAMILIES[1][0]}; name its own as prefix_token, middle_token and "
             "suffix_token, or train one with `headrace tokenizer train --special-token`"
         )

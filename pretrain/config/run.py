@@ -126,6 +126,11 @@ class RunConfig(StrictModel):
         layouts = [self.parallel, *(stage.parallel for stage in self.stages if stage.parallel is not None)]
         if self.optimizer.kind != "adamw" and any(parallel.overlap_param_gather for parallel in layouts):
             raise ValueError(f"parallel.overlap_param_gather does not go with optimizer.kind: {self.optimizer.kind}")
+        if self.optimizer.kind != "adamw" and self.model.num_experts is not None:  # split over groups of their own
+            raise ValueError(
+                f"optimizer.kind: {self.optimizer.kind} does not know experts (model.num_experts); train a mixture of "
+                "experts with adamw"
+            )
         if not any(parallel.fully_sharded for parallel in layouts):
             return self
         if self.optimizer.kind != "adamw":

@@ -104,9 +104,11 @@ class ParallelConfig(StrictModel):
     """How the model is spread over processes; what is left over is data parallel."""
 
     tensor_parallel_size: Positive = 1
+    """Ranks over which every matrix, the heads and the vocabulary are split."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel group along the sequence."""
     pipeline_parallel_size: Positive = 1
+    """Ranks over which the layers are spread."""
     virtual_pipeline_parallel_size: Positive | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
     pipeline_schedule: Literal["depth_first", "breadth_first"] = "depth_first"

@@ -157,6 +157,11 @@ def test_coordinates_are_a_bijection(layout: Layout) -> None:
         (Layout(32), "global_batch_size 16 is not a multiple of the data-parallel size 32", "dp=16"),
         (Layout(0), "world_size must be at least 1", "got 0$"),
         (
+            Layout(2, distributed_optimizer=True, fully_sharded=True),
+            "state as well",
+            "leave distributed_optimizer out$",
+        ),
+        (
             Layout(8, tensor_parallel_size=2, context_parallel_size=4, context_parallel_method="all_to_all"),
             "num_query_groups 4 over tensor_parallel_size 2 leaves 2, not a multiple of context_parallel_size 4, which",
             "dp=2 tp=1 pp=1 cp=4 all_to_all, dp=1 tp=2 pp=1 cp=4 all_gather",

@@ -141,6 +141,9 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "moe_shared_ffn_hidden_size 33 is not a multiple" in (find_problem(Layout(4, **sizes), odd) or "")
     three = replace(shape, num_experts=3)
     assert "num_experts 3 is not a multiple" in (find_problem(Layout(2, expert_parallel_size=2), three) or "")
+    for kind in ("sgd", "muon"):
+        with pytest.raises(ConfigError, match=f"optimizer.kind: {kind} does not know experts"):
+            tiny_config(kind=kind, num_experts=4)
     with pytest.raises(ConfigError, match="wonton family has biases"):
         tiny_config("wonton", **EXPERTS)
     with pytest.raises(ConfigError, match="moe_top_k 5 is more than num_experts 4"):

@@ -10,7 +10,7 @@ import pytest
 from process_group import run_ranks
 from typer.testing import CliRunner
 
-from headrace.errors import LayoutError
+from headrace.errors import ConfigError, LayoutError
 from pretrain.cli import app
 from pretrain.config import RunConfig, load_config
 from pretrain.dry_run import as_text, describe
@@ -43,7 +43,8 @@ def test_every_preset_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_what_a_dry_run_says(name: str) -> None:
+def test_what_a_dry_run_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a developer may have made data/ in the project's folder
     processes, layout, parameters, tokens, memory = EXPECTED[name]
     assert f"--dry-run --world-size {processes}\n" in recipe(name).read_text()
     plan = describe(load_config(recipe(name)), processes)
@@ -113,6 +114,12 @@ def test_without_a_vocabulary_it_says_so(tmp_path: Path, corpus: Path) -> None:
     plan = describe(load_config(recipe("llama_1b"), known), 8)
     assert plan["model"]["vocab_size"] % 128 == 0
     assert plan["parameters"]["embedding"] == plan["model"]["vocab_size"] * 2048
+
+
+def test_special_tokens_that_the_tokenizer_lacks_are_known_before(corpus: Path) -> None:
+    words = ["model.vocab_size=null", f"data.tokenizer={corpus}/tokenizer.json", "data.objectives=[{kind: ul2}]"]
+    with pytest.raises(ConfigError, match="takes up to 23 sentinels"):
+        describe(load_config(recipe("llama_1b"), words), 8)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def test_long_documents_are_cut_into_contexts(encoder: Encoder) -> None:
 
 def test_a_tokenizer_without_sentinels_is_refused(data_config: Make, corpus: Path, tmp_path: Path) -> None:
     config = data_config(sources=[source(corpus / "a", FIM)])
-    with pytest.raises(ConfigError, match=r"source 's': transforms: fim needs special tokens"):
+    with pytest.raises(ConfigError, match=r"source 's': fim needs special tokens"):
         Scheduler(config, run_dir=tmp_path)
     assert not (tmp_path / "journal.jsonl").read_bytes(), "nothing is begun"
     names = {f"{part}_token": "<|endoftext|>" for part in ("prefix", "middle", "suffix")}
