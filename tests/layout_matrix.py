@@ -1,9 +1,10 @@
 """Every layout the trainer has, and models that between them pair every option of a model with every other.
 
 Tests of layouts go through `LAYOUTS`; `VARIANTS` is a covering array: of any two options every pair of values stands in
-one of the eight, so what goes wrong when two meet shows under every layout, without trying all 96 combinations.
+one of the eight, so what goes wrong when two meet shows without trying all 96 combinations.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,12 @@ ROWS: tuple[tuple[Any, ...], ...] = (
 )
 VARIANTS: tuple[dict[str, Any], ...] = tuple(dict(zip(OPTIONS, row, strict=True)) for row in ROWS)
 
+EVERY = bool(os.environ.get("HEADRACE_WHOLE_MATRIX"))
+"""Every model under every layout and every checkpoint into every layout, as for the tables of docs/parallel.md (an hour
+of one core); by default a part of it that leaves nothing out: every layout, every option, every way to store."""
+HALVES = ((1, 3, 5, 6), (0, 2, 3, 4))
+"""Rows of VARIANTS in which every option has each of its values; layouts take one half or the other."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -35,10 +42,9 @@ class Entry:
     model: dict[str, Any] = field(default_factory=dict)
     """Keys of the model section that the layout is about; experts, for one."""
 
-    @property
-    def variants(self) -> tuple[dict[str, Any], ...]:
-        """The models to try, this entry's own keys included."""
-        return tuple({**variant, **self.model} for variant in VARIANTS)
+    def variants(self, rows: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        """The models to try, this entry's own keys included; `rows` are places in VARIANTS."""
+        return tuple({**VARIANTS[row], **self.model} for row in rows)
 
 
 TP_SP: dict[str, Any] = {"tensor_parallel_size": 2, "sequence_parallel": True}
@@ -80,6 +86,11 @@ LAYOUTS: dict[str, Entry] = {
     "ep2 tp2+sp": Entry(Layout(4, **TP_SP, expert_parallel_size=2), EXPERTS),
     "dp2 tp2+sp pp2 vpp2 breadth-first zero1": Entry(Layout(8, **TP_SP, **BREADTH_FIRST, distributed_optimizer=True)),
 }
+
+
+def rows_of(name: str) -> tuple[int, ...]:
+    """Which of VARIANTS a layout is tried with."""
+    return tuple(range(len(VARIANTS))) if EVERY else HALVES[list(LAYOUTS).index(name) % len(HALVES)]
 
 
 def variant_name(variant: dict[str, Any]) -> str:
