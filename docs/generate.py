@@ -6,6 +6,7 @@
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
     docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
     docs/how-to/gpu.md      its table of presets, from `pretrain.models`
+    docs/parallel.md        its tables, from benchmarks/results/parallel_equivalence.json
     docs/mixing.md          its tables, from benchmarks/results/policy_overhead.json and mixing_*.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
@@ -390,6 +391,19 @@ TRAINING_ARMS = {
 }
 
 
+def parallel() -> str:
+    """The page with its tables of layouts made from the result file."""
+    sys.path.insert(0, str(DOCS.parent / "benchmarks"))
+    import parallel_equivalence as made
+
+    page = (DOCS / "parallel.md").read_text(encoding="utf-8")
+    result = json.loads((DOCS.parent / "benchmarks" / "results" / "parallel_equivalence.json").read_text())
+    tables = {"equivalence": made.equivalence_table, "options": made.option_table, "reshard": made.reshard_table}
+    for name, make in tables.items():
+        page = _replaced(page, name, _table(*make(result)) + ("" if name == "options" else f"\n{_facts(result)}"))
+    return page
+
+
 PAGES = {
     "configuration.md": configuration,
     "metrics.md": metrics,
@@ -397,6 +411,7 @@ PAGES = {
     "data_speed.md": data_speed,
     "mixing.md": mixing,
     "how-to/gpu.md": gpu,
+    "parallel.md": parallel,
     "how-to/curriculum-by-bands.md": bands,
 }
 

@@ -103,7 +103,7 @@ def variant_name(variant: dict[str, Any]) -> str:
 
 
 def matrix_config(variant: dict[str, Any]) -> RunConfig:
-    """A run of four layers with eight heads, micro-batches of one sequence of packed documents."""
+    """A run of four layers with eight heads, micro-batches of two sequences of packed documents."""
     model = {
         "num_layers": 4,
         "hidden_size": 64,
@@ -113,11 +113,13 @@ def matrix_config(variant: dict[str, Any]) -> RunConfig:
         "max_z_loss": variant["z_loss"],
     }
     sources = [{"name": name, "paths": [name]} for name in ("code", "prose")]
+    # Experts are balanced within a micro-batch, and which sequences share one depends on the data-parallel size.
+    size = 1 if "num_experts" in variant else 2
     raw = {
         "run": {"dir": "unused"},
         "model": model,
         "data": {"tokenizer": "t", "sources": sources, "seq_len": SEQ_LEN, "global_batch_size": BATCH, "lanes": BATCH},
-        "train": {"steps": 5, "micro_batch_size": 1, "recompute": variant["recompute"]},
+        "train": {"steps": 5, "micro_batch_size": size, "recompute": variant["recompute"]},
         # At 1e-2 rounding differences grow to 8e-5 of the gradient norm in five steps, at 1e-3 they stay below 1e-6.
         "optimizer": {"lr": 1e-3},
     }
@@ -132,5 +134,6 @@ def matrix_state(variant: dict[str, Any], layout: Layout, ranks: Any) -> TrainSt
 def steps_of(state: TrainState, first: int, last: int) -> list[StepResult]:
     """Steps `first` to `last` - 1 of the run that every layout shares."""
     ranks = state.ranks
-    batches = (tiny_batch(step, ranks.dp_rank, ranks.dp_size, 1) for step in range(first, last))
+    size = state.config.train.micro_batch_size
+    batches = (tiny_batch(step, ranks.dp_rank, ranks.dp_size, size) for step in range(first, last))
     return [train_step(state, batch, state.config.optimizer.lr) for batch in batches]

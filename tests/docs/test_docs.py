@@ -65,6 +65,7 @@ def generator() -> Any:
         "mixing.md",
         "how-to/curriculum-by-bands.md",
         "how-to/gpu.md",
+        "parallel.md",
     ],
 )
 def test_generated_pages_are_up_to_date(page: str) -> None:
