@@ -123,7 +123,7 @@ def test_a_step_reduces_and_gathers_as_often_as_it_must(reduce: str, tied: bool)
     config = reducing(tiny_config("llama", micro_batch_size=1, tie_embeddings=tied), reduce)
 
     def count() -> tuple[int, int]:
-        state = tiny_state(config, sharded(2))
+        state = tiny_state(config, layout_from(config.parallel, 2))
         step_once(state)
         found = [0, 0]
         # What torch's FSDP calls; the second names are those of torch before 2.13.
