@@ -1,9 +1,10 @@
 """The tables of `docs/parallel.md`: how far every layout's training is from one process's, as the tests measured it.
 
-    python benchmarks/parallel_equivalence.py
+    python benchmarks/parallel_equivalence.py            every model under every layout, every checkpoint into every one
+    python benchmarks/parallel_equivalence.py --part     what CI tries: half of the models, each layout from a few others
 
-Runs `tests/pretrain/test_equivalence.py` and, with every layout's checkpoint loaded under every other,
-`tests/pretrain/test_reshard.py`, and keeps the figures that the tests record. A test that fails leaves no result.
+Runs `tests/pretrain/test_equivalence.py` and `tests/pretrain/test_reshard.py` and keeps the figures that the tests
+record. A test that fails leaves no result.
 """
 
 import argparse
@@ -26,9 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result_options(parser, RESULT)
     parser.add_argument("-k", dest="only", default="", help="only layouts whose name has these words, as pytest's -k")
+    parser.add_argument("--part", action="store_true", help="what CI tries (an eighth of the time)")
     words = parser.parse_args()
-    equivalence = recorded("tests/pretrain/test_equivalence.py", "every_layout", words.only)
-    reshard = recorded("tests/pretrain/test_reshard.py", "any_layout", words.only)
+    equivalence = recorded("tests/pretrain/test_equivalence.py", "every_layout", words.only, words.part)
+    reshard = recorded("tests/pretrain/test_reshard.py", "any_layout", words.only, words.part)
     result = {
         **circumstances("parallel_equivalence.py"),
         "versions": versions(["torch", "megatron-core"]),
@@ -38,10 +40,10 @@ def main() -> None:
     write_result(words.out, result)
 
 
-def recorded(tests: str, function: str, only: str) -> Properties:
+def recorded(tests: str, function: str, only: str, part: bool) -> Properties:
     """The properties that each test of a file recorded."""
     chosen = f"{function} and ({only})" if only else function
-    environment = {**os.environ, "HEADRACE_WHOLE_MATRIX": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HEADRACE_WHOLE_MATRIX": "" if part else "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", tests, "-k", chosen, f"--junitxml={report}"]
