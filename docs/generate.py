@@ -397,7 +397,10 @@ def parallel() -> str:
     import parallel_equivalence as made
 
     page = (DOCS / "parallel.md").read_text(encoding="utf-8")
-    result = json.loads((DOCS.parent / "benchmarks" / "results" / "parallel_equivalence.json").read_text())
+    path = DOCS.parent / "benchmarks" / "results" / "parallel_equivalence.json"
+    if not path.exists():
+        return page
+    result = json.loads(path.read_text())
     tables = {"equivalence": made.equivalence_table, "options": made.option_table, "reshard": made.reshard_table}
     for name, make in tables.items():
         page = _replaced(page, name, _table(*make(result)) + ("" if name == "options" else f"\n{_facts(result)}"))
