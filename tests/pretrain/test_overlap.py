@@ -8,7 +8,7 @@ import torch
 from process_group import run_ranks
 from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
 
-import pretrain.optimizer
+import pretrain.data_parallel
 from parallel.engine import DistributedDataParallelConfig
 from parallel.layout import Layout
 from pretrain.checkpoint import sharded_weights
@@ -28,7 +28,7 @@ BOTH = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_par
 def test_overlap_has_the_single_process_curve(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     config, layout = tiny_config("llama", micro_batch_size=1, tie_embeddings=True), Layout(2, **options)
     expected = tiny_steps(config, Layout(1), 3)
-    monkeypatch.setattr(pretrain.optimizer, "DistributedDataParallelConfig", SMALL_BUCKETS)
+    monkeypatch.setattr(pretrain.data_parallel, "DistributedDataParallelConfig", SMALL_BUCKETS)
     for result, one in zip(run_ranks(2, tiny_steps, config, layout, 3)[0], expected, strict=True):
         assert result.loss == pytest.approx(one.loss, rel=1e-5)
         assert result.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
@@ -36,7 +36,7 @@ def test_overlap_has_the_single_process_curve(options: dict[str, bool], monkeypa
 
 @pytest.mark.multiprocess
 def test_what_a_checkpoint_reads_between_steps_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain.optimizer, "DistributedDataParallelConfig", SMALL_BUCKETS)
+    monkeypatch.setattr(pretrain.data_parallel, "DistributedDataParallelConfig", SMALL_BUCKETS)
     # Without clipping, since the gradient norm is summed in another order.
     config = tiny_config("llama", micro_batch_size=1, precision="bf16", clip_grad=0.0)
 
