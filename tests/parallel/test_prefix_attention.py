@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from headrace.errors import LayoutError
 from parallel import prefix_attention
 from parallel.attention import PackedAttention, PackedDocuments, pack_documents
+from parallel.context_parallel import context_parallel_index, share_of
 from parallel.rotary import rotate
 
 HEADS, GROUPS, SIZE = 4, 2, 8
@@ -44,7 +45,7 @@ def plain(tensors: list[torch.Tensor], documents: PackedDocuments, prefixes: lis
     tokens = query.size(0)
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
     begin = 0
-    for length, prefix in zip(documents.lengths, prefixes, strict=True):
+    for length, prefix in zip(documents.query_lengths, prefixes, strict=True):
         for q in range(length):
             for k in range(length):
                 seen[begin + q, begin + k] = k <= q or (q < prefix and k < prefix)
@@ -131,10 +132,17 @@ def test_documents_without_a_prefix_take_the_usual_way() -> None:
     assert packed([3, 4], [0, 0]).prefixes is None
 
 
-def test_context_parallelism_is_refused() -> None:
-    everything = torch.arange(4)
-    with pytest.raises(LayoutError, match="context_parallel_size"):
+def test_gathered_keys_are_refused() -> None:
+    device = torch.device("cpu")
+    share = share_of([4], 4, 2, 0, "all_gather", device)
+    with pytest.raises(LayoutError, match="context_parallel_method"):
         pack_documents(
-            torch.tensor([0, 4], dtype=torch.int32), everything, 4, SIZE, 100.0, torch.float32, everything, everything,
-            torch.tensor([2], dtype=torch.int32),
-        )  # fmt: skip
+            torch.tensor([0, 4], dtype=torch.int32),
+            context_parallel_index(4, 4, 2, 0),
+            4,
+            SIZE,
+            100.0,
+            torch.float32,
+            share=share,
+            prefix_lengths=torch.tensor([2], dtype=torch.int32),
+        )
