@@ -1,7 +1,7 @@
 """The tables of `docs/parallel.md`: how far every layout's training is from one process's, as the tests measured it.
 
     python benchmarks/parallel_equivalence.py            every model under every layout, every checkpoint into every one
-    python benchmarks/parallel_equivalence.py --part     what CI tries: half of the models, each layout from a few others
+    python benchmarks/parallel_equivalence.py --part     what CI tries: half of the models, each layout from a few
 
 Runs `tests/pretrain/test_equivalence.py` and `tests/pretrain/test_reshard.py` and keeps the figures that the tests
 record. A test that fails leaves no result.
