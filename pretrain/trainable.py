@@ -18,14 +18,8 @@ from headrace.errors import ConfigError
 from parallel import process_groups
 from parallel.parameter_names import is_trainable, parameter_names
 from pretrain.config import RunConfig
+from pretrain.master_weights import master_weights
 from pretrain.models.gpt import LanguageModel
-
-MASTERS = (
-    ("model_fp32_groups", "shard_fp32_groups"),
-    ("model_float16_groups", "shard_fp32_from_float16_groups"),
-    ("float16_groups", "fp32_from_float16_groups"),
-)
-"""Attributes of megatron-core's optimizers: groups of parameters, and of what is updated in their place."""
 
 
 def check_trainable(config: RunConfig, chunks: Sequence[LanguageModel]) -> None:
@@ -53,15 +47,9 @@ def frozen(chunks: Sequence[Any], optimizer: Any, trainable: Sequence[str] | Non
     for part in optimizer.chained_optimizers:
         if part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
-    updated = {
-        id(parameter): master
-        for part in optimizer.chained_optimizers
-        for models, masters in MASTERS
-        for group, shards in zip(getattr(part, models, ()), getattr(part, masters, ()), strict=False)
-        for parameter, master in zip(group, shards, strict=True)
-    }
+    masters = {id(parameter): master for parameter, master in master_weights(optimizer)}
     return [
-        updated.get(id(parameter), parameter)
+        masters.get(id(parameter), parameter)
         for parameter, name in parameter_names(chunks).items()
         if not is_trainable(name, trainable)
     ]
