@@ -11,6 +11,9 @@
 Worked example: L = 4 lanes, global batch 4, DP = 2. Step 0 draws sequences 0…3 from lanes 0…3; rank 0 packs those of
 lanes 0 and 2, rank 1 those of 1 and 3. With DP = 1 one rank packs all four, the same ones in the same slots.
 
+`Scheduler` opens, journals, hands out batches and keeps what was consumed; `producer.py` prepares them, in a thread of
+its own, and `policy_turns.py` asks the policy.
+
 `Scheduler` knows numpy only; `data_scheduler.dataset.DataScheduler` is the same thing as a PyTorch `IterableDataset`.
 """
 
