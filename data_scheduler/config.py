@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from data_scheduler import expression
 from data_scheduler.mixture import ONE
 from data_scheduler.objectives.config import Objective, find_problem
-from data_scheduler.stages import UNITS, batch_sizes, check_stages, check_unit, weights_of
+from data_scheduler.stage_config import Stage
+from data_scheduler.stages import batch_sizes, check_stages, weights_of
 from data_scheduler.strict_model import StrictModel as StrictModel
 from data_scheduler.template import template_parts
 from data_scheduler.transforms.config import Transform, check_together
@@ -198,67 +199,6 @@ class PolicyConfig(StrictModel):
     """Draw by the configured weights, and only journal what the policy would do (`proposed`)."""
 
 
-class BatchRamp(StrictModel):
-    """A global batch size that grows in steps."""
-
-    to: Annotated[int, Field(ge=1)]
-    """Sequences per step in the end."""
-    add: Annotated[int, Field(ge=1)] | None = None
-    """Sequences added each time; this or `multiply`."""
-    multiply: Annotated[int, Field(ge=2)] | None = None
-    """Factor of each time: 2 doubles."""
-    every: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    """From one growth to the next, in the unit in which the stages begin: steps, tokens, or a share of the run. The
-    first growth is where the stage begins."""
-
-
-class StagePolicy(StrictModel):
-    """The policy of a stage. Horizon, guard-rails and `dry_run` are those of `data.policy` throughout."""
-
-    kind: str
-    """Name of a policy, as in `data.policy`."""
-    options: dict[str, Any] = {}
-    """Handed to the policy as keyword arguments."""
-
-
-class Stage(StrictModel):
-    """A stretch of the run, up to where the next stage begins. What it does not name stays as it was."""
-
-    from_step: Annotated[int, Field(ge=0)] | None = None
-    """Its first step. One of the three says where a stage begins, the same one in all stages."""
-    from_tokens: Annotated[int, Field(ge=0)] | None = None
-    """It begins with the first step before which the run was given so many tokens: `seq_len` · `global_batch_size` of
-    every step before."""
-    from_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    """It begins after this share of the run's steps, 0 to 1; for runs whose length is known (`train.steps`)."""
-    seq_len: Annotated[int, Field(ge=1)] | None = None
-    """`data.seq_len` from here on."""
-    global_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """`data.global_batch_size` from here on."""
-    batch_ramp: BatchRamp | None = None
-    """Lets the global batch size grow from what it was before."""
-    weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = None
-    """The sources' weights from here on; a source that is not named has 0."""
-    policy: StagePolicy | None = None
-    """Who sets the mixture weights from here on; it begins anew with the stage, unless it was this very one before."""
-
-    @model_validator(mode="after")
-    def _begins_and_grows_in_one_way(self) -> "Stage":
-        check_unit(self)
-        return self
-
-    @property
-    def unit(self) -> str:
-        """Which of the three says where it begins."""
-        return next(unit for unit in UNITS if getattr(self, unit) is not None)
-
-    @property
-    def begin(self) -> int | float:
-        """Where it begins, in its unit."""
-        begin: int | float = getattr(self, self.unit)
-        return begin
-
-
 def default_lanes(data: Mapping[str, Any]) -> int:
     """Lanes for the `global_batch_size` in `data`, up to MOST_LANES: divided by every data-parallel size that divides
     the batch, or by as many of these sizes as can be (docs/decisions/009). With stages: for the largest batch."""
@@ -386,21 +326,6 @@ class DataConfig(StrictModel):
                 if source.max_epochs is None:
                     source.max_epochs = self.policy.guard.max_epochs
         return self
-
-
-def with_stages(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The `data` section of a run's raw configuration with what the run's `stages` say about the data.
-
-    Raises ValueError when the section has other stages of its own.
-    """
-    data, stages = dict(raw["data"]), raw.get("stages")
-    if isinstance(stages, list) and stages:
-        keys = Stage.model_fields
-        own = [{k: v for k, v in stage.items() if k in keys} if isinstance(stage, dict) else stage for stage in stages]
-        if data.get("stages", own) not in ([], own):
-            raise ValueError("data.stages is another list than stages; leave it out")
-        data["stages"] = own
-    return data
 
 
 def band_names(source: SourceConfig) -> list[str]:

@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from data_scheduler.band_edges import measure
 from data_scheduler.bands import base_name, part_of, split
-from data_scheduler.config import BandConfig, BandsConfig, DataConfig, SourceConfig, Stage, share_bounds
+from data_scheduler.config import BandConfig, BandsConfig, DataConfig, SourceConfig, share_bounds
 from data_scheduler.identity import beginning, source_configs
 from data_scheduler.journal import Journal
 from data_scheduler.layout_index import LayoutIndex
 from data_scheduler.manifest import Manifest
 from data_scheduler.mixture import ONE
+from data_scheduler.stage_config import Stage
 from headrace.errors import ConfigError
 
 

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_scheduler.batch import Batch
-from data_scheduler.config import DataConfig, with_stages
+from data_scheduler.config import DataConfig
 from data_scheduler.scheduler import Scheduler
+from data_scheduler.stage_config import with_stages
 from headrace.errors import ConfigError
 from headrace.validation import validated
 from headrace.yaml_file import Location, read_yaml

@@ -11,6 +11,9 @@
 Worked example: L = 4 lanes, global batch 4, DP = 2. Step 0 draws sequences 0…3 from lanes 0…3; rank 0 packs those of
 lanes 0 and 2, rank 1 those of 1 and 3. With DP = 1 one rank packs all four, the same ones in the same slots.
 
+`Scheduler` opens, journals, hands out batches and keeps what was consumed; `producer.py` prepares them, in a thread of
+its own, and `policy_turns.py` asks the policy.
+
 `Scheduler` knows numpy only; `data_scheduler.dataset.DataScheduler` is the same thing as a PyTorch `IterableDataset`.
 """
 
@@ -20,54 +23,38 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from data_scheduler.batch import Batch, RejectedRecord, Segments
-from data_scheduler.config import DataConfig, SourceConfig, check_horizon
-from data_scheduler.control import Decision, settle
+from data_scheduler.batch import Batch
+from data_scheduler.config import DataConfig, SourceConfig
+from data_scheduler.control import Decision
 from data_scheduler.curriculum import banded, take_manifests
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.identity import beginning, check_same_run, sample_texts, settled
 from data_scheduler.journal import Event, Journal, Kind
 from data_scheduler.kept_documents import keep_small_sources
-from data_scheduler.lane import ExhaustedError, LaneStream, Position
+from data_scheduler.lane import Position
 from data_scheduler.layout_index import LayoutIndex
 from data_scheduler.listing import File
-from data_scheduler.loader import Loader, Stopped
+from data_scheduler.loader import Loader
 from data_scheduler.manifest import Manifest, check_unchanged
-from data_scheduler.mixture import ONE, Mixer, quantize, slots
-from data_scheduler.order import GOLDEN, Int64, lanes_of
-from data_scheduler.packers import PACKERS
-from data_scheduler.packing import Carry, Packer
+from data_scheduler.mixture import quantize
+from data_scheduler.packing import Carry
 from data_scheduler.paths import list_files
-from data_scheduler.plan import Chosen, Growth, Plan
+from data_scheduler.plan import Chosen, Plan
 from data_scheduler.policies import Feedback, Policy
-from data_scheduler.policies.guard import Guard, open_policy
 from data_scheduler.policy_context import PolicyInputs, run_context
-from data_scheduler.sequences import BoolArray, Int32
+from data_scheduler.policy_turns import PolicyTurns, new_policy, try_policies_of_stages
+from data_scheduler.producer import Produced, Producer
+from data_scheduler.reports import Reports
 from data_scheduler.source import SourceReader
-from data_scheduler.stages import check_layout, configured_events, policy_of, turns, weights_of
-from data_scheduler.state import EXHAUSTED, State, Touched
+from data_scheduler.stages import check_layout, configured_events, turns
+from data_scheduler.state import State
 from data_scheduler.timeline import Timeline
 from data_scheduler.transforms.source_transforms import open_transforms
 from data_scheduler.unit_cache import UnitCache
-from headrace.errors import ConfigError, DataError, HeadraceError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.version import __version__
-
-
-class _Produced(NamedTuple):
-    """A batch with the changes of state that its consumption means."""
-
-    batch: Batch
-    touched: list[Touched]
-    owed: Int64
-    asked: tuple[Int64, Int32]
-    """(lanes, sources) of the global batch's slots, as planned."""
-    width: int
-    policy: dict[str, Any]
-    wanted: dict[str, float]
 
 
 class Scheduler:
@@ -126,10 +113,9 @@ class Scheduler:
         self._run_steps, self._inputs = run_steps, PolicyInputs(journal)
         self._context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, run_steps)
         configured = {source.name: source.weight for source in config.sources}
-        self._policy = self._made_policy(config.policy.kind, config.policy.options, configured)
-        self._chosen = Chosen(config.policy.kind, config.policy.options, configured, -1, False)
+        policy = self._new_policy(config.policy.kind, config.policy.options, configured)
         self._asking: tuple[Chosen, Policy] | None = None
-        self._try_policies_of_stages()
+        try_policies_of_stages(config, self._context)
         # Nothing was written so far: a wrong path or setting must not leave half a run behind.
         self._record_sources(fresh, new)
         for given in self._inputs.take_new():
@@ -145,12 +131,19 @@ class Scheduler:
         self._watched = [source for source in config.sources if source.watch]
         self._watches_itself = dp_size == 1 if watch is None else watch
         self._last_look: dict[str, dict[str, File]] = {}
-        self._grown: dict[str, list[Growth]] = {}
-        self._new_packer = PACKERS[config.packing]
         self._consumed = State.fresh(config.lanes, self.names)
-        self._reported: dict[int, Feedback] = {}
-        self._report_arrived = threading.Condition()
-        self._loader: Loader[_Produced] | None = None
+        self._reports = Reports()
+        self._producer = Producer(
+            config,
+            self.plan,
+            self.readers,
+            PolicyTurns(config, self._context, self.plan, policy, self._reports, self._record),
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            hashing=hashing,
+            replaying=replaying,
+        )
+        self._loader: Loader[Produced] | None = None
         self._rewind()
 
     # -- consuming -----------------------------------------------------------------------------------------------
@@ -163,13 +156,14 @@ class Scheduler:
             self._begin()
         began = time.perf_counter()
         if self.config.prefetch == 0:
-            produced = self._produce()
+            produced = self._producer.produce()
         else:
             if self._loader is None:
-                self._loader = Loader(self._produce, self.config.prefetch)
+                self._reports.begin()
+                self._loader = Loader(self._producer.produce, self.config.prefetch)
                 # Also where nobody closes this: an interpreter that ends while the thread encodes or reads waits for it
                 # and it for the interpreter.
-                self._end_loader = weakref.finalize(self, _end, self._loader, self._report_arrived)
+                self._end_loader = weakref.finalize(self, self._reports.end, self._loader)
             produced = self._loader.get()
         produced.batch.wait_s = time.perf_counter() - began
         self._consumed.consume(produced.touched, produced.owed, produced.asked, produced.width)
@@ -237,9 +231,7 @@ class Scheduler:
         shares = self._shares_drawn_with(step)
         report = Feedback(step, dict(source_loss), dict(source_tokens), validation, shares)
         self._consumed.feedback = [other for other in self._consumed.feedback if other.step != step] + [report]
-        with self._report_arrived:
-            self._reported[step] = report
-            self._report_arrived.notify_all()
+        self._reports.add(report)
 
     @property
     def next_step(self) -> int:
@@ -258,7 +250,7 @@ class Scheduler:
         """Journal what a person decided and let it take effect; every rank must, between the same two steps."""
         if decision.kind == "policy":
             # What it asks about the data is measured now, and journaled by every rank at the same place.
-            self._made_policy(decision.data["kind"], decision.data["options"], self.plan.chosen(decision.step).initial)
+            self._new_policy(decision.data["kind"], decision.data["options"], self.plan.chosen(decision.step).initial)
             for given in self._inputs.take_new():
                 self._record("policy_input", decision.step, given, "system")
         return self._record(decision.kind, decision.step, decision.data, by)
@@ -297,8 +289,7 @@ class Scheduler:
             manifests = {reader.config.name: reader.manifest for reader in self.readers} | {source.name: manifest}
             context = run_context(config, manifests, self.encoder, self._inputs, lambda: self.plan, self._run_steps)
         try:
-            policy = open_policy(config, context, kind, options, initial)
-            check_horizon(config, policy.uses_feedback)
+            policy = new_policy(config, context, kind, options, initial)
             policy.load_state_dict({} if joining is None else self._consumed.policy)
             quantize(policy.weights(self.next_step, []), [source.name for source in config.sources])
         except HeadraceError:
@@ -312,7 +303,7 @@ class Scheduler:
         # The loader's policy may be some steps ahead, on one rank further than on another.
         chosen = self.plan.chosen(self._consumed.step)
         if self._asking is None or self._asking[0] != chosen:
-            self._asking = chosen, self._made_policy(chosen.kind, chosen.options, chosen.initial)
+            self._asking = chosen, self._new_policy(chosen.kind, chosen.options, chosen.initial)
         wants = getattr(self._asking[1], "wants_validation", None)
         return wants is not None and bool(wants(self._consumed.step))
 
@@ -343,7 +334,7 @@ class Scheduler:
 
     def see_files_of(self, step: int) -> None:
         """Make the readers see the files and limits of `step`, for looking at chunks without preparing a batch."""
-        self._apply_limits(step)
+        self._producer.see_files_of(step)
 
     def close(self) -> None:
         """Stop the loader thread."""
@@ -351,275 +342,13 @@ class Scheduler:
             self._end_loader()
             self._loader = None
 
-    # -- producing -----------------------------------------------------------------------------------------------
-
     def _rewind(self) -> None:
         """Set the producing side to where consumption stands."""
-        self._step = self._consumed.step
-        self._sequences = self._consumed.sequences
-        self._sources_through: set[tuple[int, int]] = set()
-        """(lane, source) pairs that have reached the limit in force."""
-        self._mixer = Mixer(len(self.names))
-        self._mixer.owed = self._consumed.owed.copy()
-        self._asked = self._consumed.asked.copy()
-        self._packers: dict[tuple[int, int], Packer] = {}
-        self._places = self._consumed.copy()
-        self._limits: Mapping[str, int | None] | None = None
-        self._generations: list[int] = []
-        if not self._replaying:
-            self._chosen = self.plan.chosen(max(0, self._step - 1))
-            self._policy = self._made_policy(self._chosen.kind, self._chosen.options, self._chosen.initial)
-        self._policy.load_state_dict(self._consumed.policy)
-        self._wanted = dict(self._consumed.wanted)
-        self._shares_of: Mapping[str, float] = {}
-        self._shares_known = np.zeros(0, np.int64)
-        self._shape: Mapping[str, int] = {}
-        # What the plan says is asked again when it has heard of an event, and at steps where it may say something else.
-        self._plan_version, self._plan_steady_until = -1, 0.0
-        self._reported = {report.step: report for report in self._consumed.feedback if report.step < self._step}
-        self._heard = self._step - 1 - self.config.policy.horizon
+        self._reports.reset(report for report in self._consumed.feedback if report.step < self._consumed.step)
+        self._producer.rewind(self._consumed)
 
-    def _produce(self) -> _Produced:
-        """Prepare the next step: the only place where batches come from."""
-        step = self._step
-        version = self.plan.version
-        steady = version == self._plan_version and step < self._plan_steady_until
-        if not steady and not self._replaying:
-            self._change_policy(step)
-        wanted = None if self._replaying else self._ask_policy(step)
-        if steady and (wanted is None or wanted == self._wanted):
-            shares = self._shares_known
-        else:
-            shares = self._shares(step, wanted)
-            self._shape = self.plan.shape.at(step)
-            self._apply_limits(step)
-            self._plan_version, self._plan_steady_until = version, self.plan.steady_until(step)
-        batch_size, width = self._shape["global_batch_size"], self._shape["seq_len"] + 1
-        counts = self._mixer.counts(shares, batch_size)
-        lanes = lanes_of(self._sequences, batch_size, self.config.lanes)
-        sources = slots(counts, self._asked, lanes, self.config.seed, step)
-        own = np.arange((self._dp_rank - self._sequences) % self._dp_size, batch_size, self._dp_size, dtype=np.int64)
-        tokens = np.empty((len(own), width), dtype=np.int64)
-        source_ids = sources[own].astype(np.int64)
-        packed: list[Segments] = []
-        touched: list[Touched] = []
-        asked = zip(own.tolist(), lanes[own].tolist(), source_ids.tolist(), tokens, strict=True)
-        for row, (slot, lane, source, out) in enumerate(asked):
-            given, segments = self._pack(lane, self._sequences + slot, source, shares, out, touched)
-            packed.append(segments.with_whole_prefixes(width))
-            if given != source:
-                source_ids[row] = given
-        starts, ids, offsets, weights, prefixes = map(list, zip(*packed, strict=True))
-        batch = Batch(
-            step,
-            tokens,
-            starts,
-            source_ids,
-            ids,
-            offsets,
-            own,
-            weights,
-            prefixes,
-            self._exhausted(),
-            self._take_rejects(),
-        )
-        if self._hashing:
-            _ = batch.digests
-        self._step += 1
-        self._sequences += batch_size
-        return _Produced(
-            batch, touched, self._mixer.owed, (lanes, sources), width, self._policy.state_dict(), self._wanted
-        )
-
-    def _pack(
-        self, lane: int, sequence: int, source: int, shares: Int64, row: Int64, touched: list[Touched]
-    ) -> tuple[int, Segments]:
-        """(source, segments) of a sequence, from `source` or, where its lane is through with that, another."""
-        while True:
-            if (lane, source) not in self._sources_through:
-                packer = self._packers.get((lane, source)) or self._packer(lane, source)
-                try:
-                    segments = packer.pack(row)
-                except ExhaustedError:
-                    reader = self.readers[source]
-                    reached = Carry(width=reader.max_epochs or 0, bins=EXHAUSTED, generations=reader.generations)
-                    touched.append(Touched(lane, source, packer.position, reached))
-                    self._places.positions[lane, source] = packer.position + reached
-                    self._packers.pop((lane, source))
-                    self._sources_through.add((lane, source))
-                else:
-                    touched.append(Touched(lane, source, packer.position, packer.carry))
-                    return source, segments
-            source = self._substitute(lane, sequence, shares)
-
-    def _substitute(self, lane: int, sequence: int, shares: Int64) -> int:
-        """The source that takes the place of one the lane is through with: the others, in proportion to their shares.
-
-        Multiples of the golden ratio spread evenly, so a few sequences already follow the shares.
-        """
-        left = shares.copy()
-        for through, source in self._sources_through:
-            if through == lane:
-                left[source] = 0
-        total = int(left.sum())
-        if total == 0:
-            raise DataError(
-                f"step {self._step}: every source with a weight has been seen max_epochs times; raise max_epochs, add "
-                "data, or end the run here"
-            )
-        drawn = (sequence * GOLDEN % (1 << 64)) * total >> 64
-        return int(np.searchsorted(np.cumsum(left), drawn, side="right"))
-
-    def _packer(self, lane: int, source: int) -> Packer:
-        """A packer that goes on where the lane stands."""
-        position, carry = self._places.place(lane, source)
-        if carry.bins == EXHAUSTED:  # under a limit that was raised since
-            carry = Carry()
-        packer = self._new_packer(LaneStream(self.readers[source], lane, position), carry)
-        self._packers[lane, source] = packer
-        return packer
-
-    def _exhausted(self) -> BoolArray:
-        """bool[sources]: whether every lane of this rank is through with the source."""
-        through = np.zeros(len(self.names), np.bool_)
-        if self._sources_through:
-            number = np.bincount([source for _, source in self._sources_through], minlength=len(self.names))
-            np.equal(number, self.config.lanes // self._dp_size, out=through)
-        return through
-
-    def _apply_limits(self, step: int) -> None:
-        """Let the readers see the files and keep the limits of `step`, and find the lanes that are through."""
-        limits = self.plan.limits.at(step) or {}
-        seen = [self.plan.generations(name, step) if self.plan.grown else 1 for name in self.names]
-        if limits == self._limits and seen == self._generations:
-            return
-        self._limits, self._generations = limits, seen
-        for reader, name, generations in zip(self.readers, self.names, seen, strict=True):
-            grown = self.plan.grown.get(name, [])
-            if grown != self._grown.get(name, []):
-                self._grown[name] = grown
-                reader.grow([Manifest.from_data(growth.manifest) for growth in grown], self.plan.left_out(name))
-                keep_small_sources(self.readers)
-            if reader.left_out and reader.generations != generations:
-                self._reopen(self.names.index(name))
-            reader.generations, reader.max_epochs = generations, limits.get(name)
-        carries = self._places.positions[:, :, len(Position._fields) :]
-        through = carries[:, :, Carry._fields.index("bins")] == EXHAUSTED
-        through &= carries[:, :, Carry._fields.index("width")] == [limits.get(name) or 0 for name in self.names]
-        through &= carries[:, :, Carry._fields.index("generations")] == seen
-        own = np.arange(self.config.lanes) % self._dp_size == self._dp_rank
-        self._sources_through = {(lane, source) for lane, source in np.argwhere(through & own[:, None]).tolist()}
-
-    def _reopen(self, source: int) -> None:
-        """Let lanes open a source again where they stand: other documents are left out from here on."""
-        for lane in [lane for lane, of in self._packers if of == source]:
-            packer = self._packers.pop((lane, source))
-            self._places.positions[lane, source] = packer.position + packer.carry
-
-    def _shares(self, step: int, wanted: Mapping[str, float] | None) -> Int64:
-        """Each source's share of a step, int64[sources]; nothing for sources that have reached their limit.
-
-        `wanted`: by the policy; None: the journal knows all.
-        """
-        if wanted is not None:
-            self._record_wanted(step, wanted)
-        weights = self._decided_weights(step)
-        quarantined = self.plan.quarantined(step)
-        weights = self.plan.without_quarantined(weights, step)
-        capped = [name for name in list(self.plan.capped) if self.plan.is_capped(name, step)]
-        if capped:
-            weights = {name: 0.0 if name in capped else weight for name, weight in weights.items()}
-        if (capped or quarantined) and not any(weights.values()):
-            raise DataError(
-                f"step {step}: every source with a weight is under quarantine or has been seen max_epochs times; undo "
-                "a quarantine, raise max_epochs, add data, or end the run here"
-            )
-        if weights != self._shares_of:
-            self._shares_of, self._shares_known = dict(weights), quantize(weights, self.names)
-        if quarantined and quarantined != self.plan.quarantined(step - 1):
-            out = [self.names.index(name) for name in sorted(quarantined)]
-            self._mixer.owed = settle(self._mixer.owed, self._shares_known, out)
-        return self._shares_known
-
-    def _ask_policy(self, step: int) -> Mapping[str, float]:
-        """What the policy wants for a step; it is asked once for each."""
-        wanted = self._policy.weights(step, self._feedback_for(step))
-        if isinstance(self._policy, Guard):
-            for kind, data in self._policy.take_notes():
-                self._record(kind, step, data, f"policy:{self._chosen.kind}")
-        return wanted
-
-    def _record_wanted(self, step: int, wanted: Mapping[str, float]) -> None:
-        """Journal a mixture that the policy wants, where it decides and this is another than before.
-
-        What a person set stays. Most policies repeat themselves: nothing to do then, unless another has just begun.
-        """
-        in_force = self.plan.mixture.at(step)
-        begins = self.plan.deciding(step) != self.plan.deciding(step - 1)
-        if self.plan.person_decides(step) is None and (begins or wanted != self._wanted or in_force is None):
-            # Shares as they will be used, so that the journal's numbers are the exact ones.
-            shares = quantize(wanted, self.names) / ONE
-            exact = dict(zip(self.names, shares.tolist(), strict=True))
-            if begins or exact != in_force:
-                self._record("mixture", step, {"weights": exact}, f"policy:{self._chosen.kind}")
-        self._wanted = dict(wanted)
-
-    def _decided_weights(self, step: int) -> Mapping[str, float]:
-        weights: Mapping[str, float] | None = self.plan.mixture.at(step)
-        if weights is None:
-            raise ConfigError(f"the journal has no mixture for step {step}; the run never got there")
-        return weights
-
-    def _change_policy(self, step: int) -> None:
-        """Take up the policy of `step` if it is another than before, or the same with more sources."""
-        chosen, before = self.plan.chosen(step), self._chosen
-        if chosen == before:
-            return
-        policy = self._made_policy(chosen.kind, chosen.options, chosen.initial)
-        if chosen.goes_on_from(before):
-            policy.load_state_dict(self._policy.state_dict())
-        else:
-            self._heard = step - 1 - self.config.policy.horizon
-        self._policy, self._chosen = policy, chosen
-
-    def _made_policy(self, kind: str, options: Mapping[str, Any], initial: Mapping[str, float]) -> Policy:
-        policy = open_policy(self.config, self._context, kind, options, initial)
-        check_horizon(self.config, policy.uses_feedback)
-        return policy
-
-    def _try_policies_of_stages(self) -> None:
-        """Raise ConfigError for a policy that a later stage could not be given; what it asks of the data is measured
-        now."""
-        for number, stage in enumerate(self.config.stages):
-            if stage.policy is not None:
-                kind, options = policy_of(self.config, number).values()
-                try:
-                    self._made_policy(kind, options, weights_of(self.config, number))
-                except ConfigError as error:
-                    said = str(error)
-                    for key in ("kind", "options"):
-                        said = said.replace(f"data.policy.{key}", f"stages.{number}.policy.{key}")
-                    raise ConfigError(said) from None
-
-    def _feedback_for(self, step: int) -> list[Feedback]:
-        """Reports up to step − horizon that the policy has not heard yet; waits for them while training catches up."""
-        last = step - self.config.policy.horizon
-        if not self._policy.uses_feedback:
-            self._heard = max(self._heard, last)
-            with self._report_arrived:
-                self._reported = {number: report for number, report in self._reported.items() if number > last}
-            return []
-        if last <= self._heard:
-            return []
-        heard = []
-        with self._report_arrived:
-            for number in range(max(0, self._heard + 1), last + 1):
-                self._report_arrived.wait_for(lambda number=number: number in self._reported or self._stopping())  # type: ignore[misc]
-                if self._stopping():
-                    raise Stopped
-                heard.append(self._reported.pop(number))
-        self._heard = last
-        return heard
+    def _new_policy(self, kind: str, options: Mapping[str, Any], initial: Mapping[str, float]) -> Policy:
+        return new_policy(self.config, self._context, kind, options, initial)
 
     def _shares_drawn_with(self, step: int) -> dict[str, float]:
         """The mixture a past step was drawn with, summing to 1; nothing for sources through or under quarantine."""
@@ -627,17 +356,6 @@ class Scheduler:
         weights = {name: 0.0 if self.plan.is_capped(name, step) else weight for name, weight in asked.items()}
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()} if total else {}
-
-    def _stopping(self) -> bool:
-        return self._loader is not None and self._loader.stopping.is_set()
-
-    def _take_rejects(self) -> list[RejectedRecord]:
-        taken: list[RejectedRecord] = []
-        for reader in self.readers:
-            if reader.rejects:
-                taken += reader.rejects
-                reader.rejects = []
-        return taken
 
     # -- journal -------------------------------------------------------------------------------------------------
 
@@ -649,11 +367,11 @@ class Scheduler:
 
     def _begin(self) -> None:
         """Journal where iteration begins, and what the configuration decides from here on."""
-        ahead = turns(self.config, self._run_steps, self.plan.shape, self._step)
+        ahead = turns(self.config, self._run_steps, self.plan.shape, self._consumed.step)
         check_layout(self.config.lanes, ahead, self._dp_rank, self._dp_size)
         if self._resuming:
-            self._record("resumed", self._step, {"dp_size": self._dp_size}, "system")
-        for kind, step, data in list(configured_events(self.config, self._run_steps, self.plan, self._step)):
+            self._record("resumed", self._consumed.step, {"dp_size": self._dp_size}, "system")
+        for kind, step, data in list(configured_events(self.config, self._run_steps, self.plan, self._consumed.step)):
             self._record(kind, step, data, "config")
         self._begun = True
 
@@ -670,11 +388,3 @@ class Scheduler:
                 if not fresh:
                     self.journal.append("source_added", step, {"source": source.model_dump(mode="json")}, "config")
                 self.journal.append("manifest", step, new[source.name].to_data(), "system")
-
-
-def _end(loader: Loader[_Produced], report_arrived: threading.Condition) -> None:
-    """Stop a scheduler's thread, which may be waiting for a report."""
-    with report_arrived:
-        loader.stopping.set()
-        report_arrived.notify_all()
-    loader.stop()

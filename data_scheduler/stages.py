@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from headrace.errors import ConfigError, LayoutError
 
 if TYPE_CHECKING:
-    from data_scheduler.config import BatchRamp, DataConfig, Stage
+    from data_scheduler.config import DataConfig
     from data_scheduler.journal import Kind
     from data_scheduler.plan import Plan
+    from data_scheduler.stage_config import BatchRamp, Stage
     from data_scheduler.timeline import Timeline
 
 UNITS = ("from_step", "from_tokens", "from_share")

@@ -340,55 +340,17 @@ def gpu() -> str:
 
 def _train_throughput() -> str:
     """Tables of the training benchmark; a part that no machine has measured is left out, or says so."""
+    sys.path.insert(0, str(DOCS.parent))
+    from benchmarks.training import report
+
     path = DOCS.parent / "benchmarks" / "results" / "train_throughput.json"
     if not path.exists():
         return "`python benchmarks/train_throughput.py` writes the result that belongs here; there is none yet.\n"
     result = json.loads(path.read_text())
-    cpu = result["cpu"]
-    rows = []
-    for name, arm in cpu["arms"].items():
-        ratio = cpu["ours_over"].get(name)
-        told = ("", "")
-        if ratio:
-            told = (
-                f"{ratio['cpu']['median']:.2f} ({ratio['cpu']['min']:.2f} to {ratio['cpu']['max']:.2f})",
-                f"{ratio['wall']['median']:.2f}",
-            )
-        rows.append((TRAINING_ARMS[name], f"{arm['tokens_per_cpu_s']['median']:,.0f}", *told))
-    table = _table(("one process", "tokens per CPU second", "ours over it, CPU time", "wall time"), rows)
-    settings = cpu["settings"]
-    note = (
-        f"A llama of {cpu['parameters'] / 1e6:.1f} million parameters, fp32, one thread, {settings['sequences']} "
-        f"packed sequences of {settings['seq_len']} tokens a step; arms take turns, {result['rounds']} rounds. Two "
-        f"processes of ours train {cpu['scaling']['speedup']:.2f} times the tokens per second of one.\n"
-    )
     gpu = result["gpu"]
-    if isinstance(gpu, str):
-        more = f"On a GPU: {gpu}.\n"
-    else:
-        measured = [row for row in gpu if "tokens_per_s" in row]
-        more = _table(
-            ("one GPU, bf16, 4,096 tokens", "arm", "tokens/s", "MFU, full / causal attention", "peak memory"),
-            [
-                (
-                    f"`{row['shape']}`",
-                    f"{row['arm']} ({row['layers']} layers)",
-                    f"{row['tokens_per_s']:,.0f}",
-                    f"{100 * row['mfu_full']:.1f} / {100 * row['mfu_causal']:.1f} %",
-                    f"{row['peak_memory_bytes'] / 1e9:.1f} GB",
-                )
-                for row in measured
-            ],
-        )
-    return f"{table}\n{note}\n{more}\n{_facts(result)}"
-
-
-TRAINING_ARMS = {
-    "ours": "Headrace",
-    "plain": "plain PyTorch loop",
-    "hf": "Hugging Face Trainer, documents apart",
-    "hf_whole_rows": "Hugging Face Trainer, attention over whole sequences",
-}
+    more = f"On a GPU: {gpu}.\n" if isinstance(gpu, str) else _table(*report.gpu_table(result))
+    parts = (_table(*report.cpu_table(result)), f"{report.cpu_settings(result)}\n", more, _facts(result))
+    return "\n".join(parts)
 
 
 def parallel() -> str:

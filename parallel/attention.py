@@ -4,15 +4,13 @@ A micro-batch is one row of tokens, documents one after another (`cu_seqlens`). 
 layer needs of it; `PackedAttention` is the core attention that plugs into megatron-core's `SelfAttention`. Two ways
 to compute the same thing:
 
-* varlen flash attention: on a GPU in half precision.
+* varlen flash attention (`varlen.py`): on a GPU in half precision.
 * document by document: `scaled_dot_product_attention` on each. On CPU 142 ms where a dense mask takes 674 (2 x 2048
   tokens, documents of about 300).
 
 Under context parallelism a rank has pieces of documents, or whole documents of some heads: see `context_parallel.py`.
 """
 
-import functools
-import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from headrace.errors import LayoutError
-from parallel import accelerator, prefix_attention
+from parallel import prefix_attention
 from parallel.context_parallel import Share, gather_keys, heads_to_tokens, tokens_to_heads
 from parallel.engine import MegatronModule, PackedSeqParams
 from parallel.rope_scaling import RopeScaling
 from parallel.rotary import rotary_table, rotate
+from parallel.varlen import Spans, varlen_kernel
 
 
 @dataclass
@@ -142,8 +141,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
             key, value = gather_keys(key, value, share, self.cp_group)
         if self.observer is not None:
             self.observer(own, (query, key), documents)
-        kernel = _with_prefixes if documents.prefixes else _varlen_kernel(query.dtype) or _piece_by_piece
-        out = kernel(query, key, value, documents, self.softmax_scale)
+        out = _attend(query, key, value, documents, self.softmax_scale)
         if share is not None and swaps:
             out = heads_to_tokens(out, share, self.cp_group)
         return out.reshape(out.size(0), -1)
@@ -151,76 +149,23 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
 
 def active_kernel(dtype: torch.dtype) -> str:
     """Name of the kernel that packed attention uses for `dtype` on this machine, for people."""
-    kernel = _varlen_kernel(dtype)
-    return kernel.__name__.removeprefix("_") if kernel else "document by document (scaled_dot_product_attention)"
+    kernel = varlen_kernel(dtype)
+    return kernel.__name__ if kernel else "document by document (scaled_dot_product_attention)"
 
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PackedDocuments, float | None], torch.Tensor]
-
-
-@functools.cache
-def _varlen_kernel(dtype: torch.dtype) -> Kernel | None:
-    """The varlen kernel for this device and dtype; flash-attn before torch's, which wraps an older version of it."""
-    if not accelerator.has_gpu() or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if importlib.util.find_spec("flash_attn"):
-        return _flash_attn
-    return _torch_varlen
-
-
-def _flash_attn(
+def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scale: float | None
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    # Causal, with more keys than queries, is aligned to the last of each since flash-attn 2.1.
-    out: torch.Tensor = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        documents.cu_seqlens_q,
-        documents.cu_seqlens_kv,
-        documents.max_seqlen_q,
-        documents.max_seqlen_kv,
-        softmax_scale=scale,
-        causal=True,
-        deterministic=accelerator.is_deterministic(),  # torch's own kernel asks torch itself
-    )
-    return out
-
-
-def _torch_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scale: float | None
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch's documentation of varlen_attn says nothing about more keys than queries. Its operator is flash-attn's of a
-    # later version than 2.1, and torch itself calls that with is_causal where it means "aligned to the last"
-    # (CausalVariant.LOWER_RIGHT in torch/nn/attention/bias.py); that is what we rely on.
-    out: torch.Tensor = varlen_attn(
-        query,
-        key,
-        value,
-        documents.cu_seqlens_q,
-        documents.cu_seqlens_kv,
-        documents.max_seqlen_q,
-        documents.max_seqlen_kv,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.size(1) != key.size(1),
-    )
-    return out
-
-
-def _with_prefixes(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scale: float | None
-) -> torch.Tensor:
-    prefixes = documents.prefixes
-    assert prefixes is not None
-    if _varlen_kernel(query.dtype) is None:
+    varlen, prefixes = varlen_kernel(query.dtype), documents.prefixes
+    if varlen is None:
+        if prefixes is None:
+            return _piece_by_piece(query, key, value, documents, scale)
         return prefix_attention.by_document(query, key, value, documents.query_lengths, prefixes, scale)
-    cu_seqlens, longest = documents.cu_seqlens_q, documents.max_seqlen_q
-    return prefix_attention.varlen(query, key, value, cu_seqlens, longest, prefixes, scale)
+    keys = Spans(documents.cu_seqlens_kv, documents.max_seqlen_kv)
+    if prefixes is not None:
+        return prefix_attention.in_two_calls(query, key, value, keys, prefixes, varlen, scale)
+    queries = Spans(documents.cu_seqlens_q, documents.max_seqlen_q)
+    return varlen(query, key, value, queries, keys, True, scale)
 
 
 def _piece_by_piece(

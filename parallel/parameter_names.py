@@ -7,9 +7,10 @@ is the first matrix of the eighth block's MLP, whichever pipeline stage holds it
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the names alone are asked for where torch is not loaded, which takes 2 s
+    import torch
 
 INPUT_EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_HEAD = "output_layer.weight"
@@ -18,7 +19,7 @@ HEADS = "multi_token_heads."
 """Each of them a transformer block of its own."""
 
 
-def parameter_names(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, str]:
+def parameter_names(chunks: Sequence[Any]) -> "dict[torch.nn.Parameter, str]":
     """Names of all parameters of this process's model `chunks`, with layers counted over the whole model.
 
     Of fully sharded chunks the parameters are this rank's shards, those without a row left out.
@@ -38,7 +39,7 @@ def parameter_names(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, str]:
     return names
 
 
-def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
+def is_block_matrix(name: str, parameter: "torch.Tensor") -> bool:
     """Whether this is one of the blocks' matrices, the weights that grow with the width in both directions; those of
     multi-token heads are blocks too."""
     return name.startswith((BLOCKS, HEADS)) and parameter.dim() == 2

@@ -12,14 +12,13 @@ the prefixes' queries over the prefixes' keys without a mask, and the other quer
 mask aligned at the end (bottom right). So the varlen kernels serve, and no mask of tokens x tokens is made.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from parallel import accelerator
+from parallel.varlen import Spans, Varlen
 
 
 @dataclass(frozen=True)
@@ -97,69 +96,20 @@ def by_document(
     return torch.cat(outs)
 
 
-def varlen(
+def in_two_calls(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    longest: int,
+    documents: Spans,
     prefixes: Prefixes,
+    varlen: Varlen,
     scale: float | None,
 ) -> torch.Tensor:
-    """As `by_document`, with the varlen kernel of a GPU; `cu_seqlens` int32[documents + 1], on the device."""
-    at = prefixes.inside
-    inside = _kernel(
-        (query[at], key[at], value[at]),
-        (prefixes.cu_inside, prefixes.cu_inside),
-        (prefixes.longest_inside, prefixes.longest_inside),
-        False,
-        scale,
-    )
+    """As `by_document`, with the varlen kernel of a GPU."""
+    at, spans = prefixes.inside, Spans(prefixes.cu_inside, prefixes.longest_inside)
+    inside = varlen(query[at], key[at], value[at], spans, spans, False, scale)
     if not len(prefixes.after):
         return inside
-    after = _kernel(
-        (query[prefixes.after], key, value),
-        (prefixes.cu_after, cu_seqlens),
-        (prefixes.longest_after, longest),
-        True,
-        scale,
-    )
+    spans = Spans(prefixes.cu_after, prefixes.longest_after)
+    after = varlen(query[prefixes.after], key, value, spans, documents, True, scale)
     return torch.cat([inside, after])[prefixes.order]
-
-
-def _kernel(
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
-    longest: tuple[int, int],
-    causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    """flash-attn's varlen kernel, or torch's, which wraps an older version of it. Both align the causal mask at the end
-    of queries and keys since version 2.1."""
-    out: torch.Tensor
-    if importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
-
-        out = flash_attn_varlen_func(
-            *tensors,
-            *cu_seqlens,
-            *longest,
-            softmax_scale=scale,
-            causal=causal,
-            deterministic=accelerator.is_deterministic(),  # torch's own kernel asks torch itself
-        )
-        return out
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = tensors
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        *cu_seqlens,
-        *longest,
-        scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.size(1) != key.size(1),
-    )
-    return out

@@ -27,6 +27,7 @@ from parallel.engine import (
     nested_values,
     parallel_state,
 )
+from parallel.owners import assign_owners
 
 
 class Part(NamedTuple):
@@ -35,15 +36,6 @@ class Part(NamedTuple):
     optimizer: torch.optim.Optimizer
     state_keys: tuple[str, ...]
     """Its tensors for each parameter, of the parameter's shape and zero at the start."""
-
-
-def assign_owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which of `ranks` owns each of the parameters of these `sizes`: the largest first, to who has the least so far."""
-    owners, load = [0] * len(sizes), [0] * ranks
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        owners[index] = min(range(ranks), key=lambda rank: (load[rank], rank))
-        load[owners[index]] += sizes[index]
-    return owners
 
 
 class WholeParameterOptimizer(ChainedOptimizer):  # type: ignore[misc]

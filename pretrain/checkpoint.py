@@ -212,6 +212,12 @@ def _check_optimizer(path: Path, meta: Mapping[str, Any], state: TrainState) -> 
                 f"{path}: was saved with optimizer.{key}={saved[key]!r}, the configuration has {value!r}; "
                 "a run keeps this setting for life"
             )
+    own = state.config.optimizer
+    if own.kind == "sgd" and own.momentum and meta["config"]["optimizer"]["momentum"] == 0.0:
+        raise CheckpointError(
+            f"{path}: was saved with optimizer.momentum=0, so it lacks the sum of gradients to go on from with "
+            f"{own.momentum:g}; set it to 0, or start a new run folder"
+        )
 
 
 def _optimizer_identity(state: TrainState) -> dict[str, Any]:

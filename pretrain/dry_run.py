@@ -30,6 +30,8 @@ from pretrain.models.sizes import (
     query_groups,
 )
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
+from pretrain.models.weights import weight_names
+from pretrain.name_patterns import check_patterns
 from pretrain.stages import StageSettings, parallel_of, schedule_of, settings_of
 
 MOST_RANKS = 16
@@ -49,6 +51,7 @@ def describe(config: RunConfig, world_size: int) -> dict[str, Any]:
     if tokens is not None:
         check_vocabulary(vocab_size, tokens)
     layout = layouts_ahead(config, world_size, vocab_size)[0]
+    check_patterns(config, weight_names(model, layout.expert_parallel_size))
     if not known:
         vocab_size = 0  # what the embedding and the logits need cannot be said
         missing.append("vocabulary: not known without the tokenizer; embedding and logits are not counted")
@@ -135,7 +138,7 @@ def _stretch(
     train = config.train
     full, causal = flops_per_token(config.model, vocab_size, settings.seq_len)
     stages = memory_by_stage(
-        config.model, vocab_size, layout, batch, train.precision, train.recompute, kernels_of(config)
+        config.model, vocab_size, layout, batch, train.precision, train.recompute, kernels_of(config), config.optimizer
     )
     return {
         **settings._asdict(),
@@ -148,7 +151,7 @@ def _stretch(
         "tokens_per_step": size * settings.seq_len,
         "flops_per_token": {"full": full, "causal": causal},
         "memory": [_memory(stage) for stage in stages],
-        "not_counted": [f"memory: {line}" for line in not_counted(config.model, layout, config.optimizer.kind)],
+        "not_counted": [f"memory: {line}" for line in not_counted(config.model, layout)],
     }
 
 

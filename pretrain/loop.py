@@ -6,15 +6,11 @@ The run folder holds all there is:
 """
 
 import gc
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import orjson
 import torch
 
 from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
@@ -32,16 +28,16 @@ from pretrain.control.live import Live, setting, with_live_sources
 from pretrain.evaluate import HeldOut
 from pretrain.layouts import layout_from, layouts_ahead
 from pretrain.learning_rate import learning_rate
-from pretrain.loss import FIXED_POINT
 from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
-from pretrain.selection.selection import open_selection, selection_record
+from pretrain.rejects import Rejects
+from pretrain.selection.selection import open_selection
 from pretrain.stages import parallel_of, settings_of
-from pretrain.step import StepResult, TrainState, build_state, train_step
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from pretrain.step import TrainState, build_state, train_step
+from pretrain.step_record import Circumstances, by_source, step_record
+from pretrain.stop_signals import stopping_on_signals
 
 
 def train(config: RunConfig) -> ExitCode:
@@ -97,6 +93,7 @@ class Run:
         self.config, self.layout, self.ranks = config, layout, ranks
         self.run_dir = Path(config.run.dir)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir)
+        self.rejects = Rejects(self.run_dir)
         exchange.only_first_rank(self._open_folder, ranks.rank)
         self.scheduler = exchange.first_rank_first(self._open_scheduler, ranks.rank)
         # Sources with bands have become these.
@@ -110,7 +107,6 @@ class Run:
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
         self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
-        self._seen_rejects: set[tuple[str, str, str]] = set()
         self._stop_asked = False
         self._saved_at = -1
         self.next_layout: Layout | None = None
@@ -129,7 +125,7 @@ class Run:
         sinks = self._open_sinks()
         with (
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
-            _stopping_on_signals(self._ask_to_stop),
+            stopping_on_signals(self._ask_to_stop),
             Progress(steps, first, self._shows_progress(), given=self._tokens_before) as progress,
         ):
             if not resumed:
@@ -231,7 +227,7 @@ class Run:
             result = train_step(self.state, microbatches, lr)
         else:
             result = self.selection.step(self.state, microbatches, lr, batch.step)
-        losses, tokens = self._by_source(result)
+        losses, tokens = by_source(result, self.scheduler.names)
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
         if self.scheduler.is_time_to_look:
             self.scheduler.grow(exchange.from_first_rank(self.scheduler.new_files, self.ranks.rank))
@@ -243,45 +239,25 @@ class Run:
         )
         if rejects:
             self._record_rejects(batch)
-        record: Record = {
-            "step": batch.step,
-            "tokens": self.done.tokens,
-            "input_tokens": self._tokens_before(batch.step + 1),
-            "seq_len": stage.seq_len,
-            "global_batch_size": stage.global_batch_size,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "tokens_per_s": sum(tokens.values()) / took,
-            "step_s": took,
-            "data_wait_s": wait,
-            "peak_memory_bytes": int(memory),
-            "batch_sha256": sha256,
-            "source_loss": losses,
-            "source_tokens": tokens,
-        }
-        if self.config.train.precision == "fp16":
-            record["loss_scale"] = result.loss_scale
-        if result.mtp_loss is not None:
-            record["mtp_loss"] = result.mtp_loss
-        if result.selected is not None:
-            record |= selection_record(result.selected, self.scheduler.names)
-        if result.dynamics is not None:
-            record |= result.dynamics
+        at = Circumstances(
+            step=batch.step,
+            stage=stage,
+            lr=lr,
+            tokens=self.done.tokens,
+            input_tokens=self._tokens_before(batch.step + 1),
+            took_s=took,
+            data_wait_s=wait,
+            peak_memory_bytes=int(memory),
+            batch_sha256=sha256,
+            is_fp16=self.config.train.precision == "fp16",
+        )
+        record = step_record(result, at, losses, tokens, self.scheduler.names)
         for sink in sinks:
             sink.write(record)
         if self.ranks.rank == 0:
             progress.update(record)
         if result.skipped:
             self._tell(progress, f"step {batch.step}: gradient not finite (loss {result.loss}); update skipped")
-
-    def _by_source(self, result: StepResult) -> tuple[dict[str, float], dict[str, int]]:
-        """(mean loss, tokens) of each source that had tokens in the step."""
-        tokens = {
-            name: int(count) for name, count in zip(self.scheduler.names, result.source_tokens, strict=True) if count
-        }
-        sums = dict(zip(self.scheduler.names, result.source_loss_sums.tolist(), strict=True))
-        return {name: sums[name] / FIXED_POINT / count for name, count in tokens.items()}, tokens
 
     def _exhausted(self, batch: Batch) -> list[str]:
         """Sources that every lane of every rank has given `max_epochs` times."""
@@ -405,20 +381,9 @@ class Run:
         every = [RejectedRecord(*reject) for found in process_groups.gather_objects(batch.rejects) for reject in found]
         if self.ranks.rank:
             return
-        path = self.run_dir / "rejects.jsonl"
-        if not self._seen_rejects and path.exists():
-            lines = [orjson.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
-            self._seen_rejects = {(line["source"], line["file"], line["record"]) for line in lines}
-        new = [reject for reject in dict.fromkeys(every) if tuple(reject[:3]) not in self._seen_rejects]
-        self._seen_rejects |= {(reject.source, reject.file, reject.record) for reject in new}
-        if not new:
-            return
-        with open(path, "ab") as file:
-            file.write(b"".join(orjson.dumps(reject._asdict()) + b"\n" for reject in new))
-        counts: dict[str, int] = {}
-        for reject in new:
-            counts[reject.source] = counts.get(reject.source, 0) + 1
-        self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
+        counts = self.rejects.add(every)
+        if counts:
+            self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
 
     def _shows_progress(self) -> bool:
         return self.config.metrics.progress and self.ranks.rank == 0
@@ -433,24 +398,3 @@ class Run:
     def _say(self, text: str) -> None:
         if self.ranks.rank == 0:
             sys.stderr.write(text + "\n")
-
-
-class _stopping_on_signals:
-    """While open, the first SIGTERM, SIGUSR1 or SIGINT asks to stop after the step; a second one ends at once."""
-
-    def __init__(self, ask: Callable[[], None]) -> None:
-        self._ask = ask
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        def handle(number: int, _: FrameType | None) -> None:
-            self._ask()
-            if number != signal.SIGUSR1:
-                signal.signal(number, self._old[signal.Signals(number)])
-
-        for number in STOP_SIGNALS:
-            self._old[number] = signal.signal(number, handle)
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)

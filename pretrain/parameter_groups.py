@@ -1,16 +1,16 @@
 """Which parameters share a learning rate and a weight decay: the default rule, and `optimizer.groups`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 
-from headrace.errors import ConfigError
 from parallel import process_groups
 from parallel.engine import ParamKey, ParamWithNamePredicate
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.models.mup import lr_factor
+from pretrain.name_patterns import check, group_patterns
 
 
 class Factors(NamedTuple):
@@ -59,13 +59,4 @@ def _check_patterns(config: OptimizerConfig, names: Mapping[torch.nn.Parameter, 
     if not config.groups:
         return
     known = sorted({name for part in process_groups.gather_objects(list(names.values())) for name in part})
-    for number, group in enumerate(config.groups):
-        if not any(fnmatchcase(name, group.match) for name in known):
-            raise ConfigError(
-                f"optimizer.groups.{number}.match: no parameter is called {group.match!r}; "
-                f"they are called {_examples(known)}"
-            )
-
-
-def _examples(names: Sequence[str]) -> str:
-    return ", ".join(name for name in names if not name.startswith("decoder.layers.") or ".layers.0." in name)
+    check(group_patterns(config), known)

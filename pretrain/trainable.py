@@ -9,38 +9,26 @@ same, since megatron-core reduces gradients in flat buffers.
 """
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from headrace.errors import ConfigError
 from parallel import process_groups
 from parallel.parameter_names import is_trainable, parameter_names
 from pretrain.config import RunConfig
+from pretrain.master_weights import master_weights
 from pretrain.models.gpt import LanguageModel
-
-MASTERS = (
-    ("model_fp32_groups", "shard_fp32_groups"),
-    ("model_float16_groups", "shard_fp32_from_float16_groups"),
-    ("float16_groups", "fp32_from_float16_groups"),
-)
-"""Attributes of megatron-core's optimizers: groups of parameters, and of what is updated in their place."""
+from pretrain.name_patterns import check, trainable_patterns
 
 
 def check_trainable(config: RunConfig, chunks: Sequence[LanguageModel]) -> None:
     """Raise ConfigError, on every process, for a pattern in a stage's `trainable` that matches no parameter."""
-    if all(stage.trainable is None for stage in config.stages):
+    patterns = list(trainable_patterns(config))
+    if not patterns:
         return
     own = list(parameter_names(chunks).values())
     names = sorted({name for part in process_groups.gather_objects(own) for name in part})
-    for number, stage in enumerate(config.stages):
-        for pattern in stage.trainable or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"stages.{number}.trainable: {pattern!r} matches no parameter; there are e.g. "
-                    f"{names[0]}, {names[-1]} and {next(name for name in names if '.mlp.' in name)}"
-                )
+    check(patterns, names)
 
 
 def frozen(chunks: Sequence[Any], optimizer: Any, trainable: Sequence[str] | None) -> list[torch.Tensor]:
@@ -53,15 +41,9 @@ def frozen(chunks: Sequence[Any], optimizer: Any, trainable: Sequence[str] | Non
     for part in optimizer.chained_optimizers:
         if part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
-    updated = {
-        id(parameter): master
-        for part in optimizer.chained_optimizers
-        for models, masters in MASTERS
-        for group, shards in zip(getattr(part, models, ()), getattr(part, masters, ()), strict=False)
-        for parameter, master in zip(group, shards, strict=True)
-    }
+    masters = {id(parameter): master for parameter, master in master_weights(optimizer)}
     return [
-        updated.get(id(parameter), parameter)
+        masters.get(id(parameter), parameter)
         for parameter, name in parameter_names(chunks).items()
         if not is_trainable(name, trainable)
     ]

@@ -1,6 +1,8 @@
 """Import rules that import-linter cannot state: it knows packages, not parts of other people's."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,8 @@ def test_only_the_accelerator_says_cuda() -> None:
         for path in sorted(Path(package).rglob("*.py")):
             if path != Path("parallel/accelerator.py"):
                 assert "torch.cuda" not in path.read_text(), path
+
+
+def test_a_dry_run_starts_without_torch() -> None:
+    loaded = "import sys, pretrain.dry_run; sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
+    subprocess.run([sys.executable, "-c", loaded], check=True)

@@ -129,7 +129,7 @@ PHASES = (
     ("pack", "data_scheduler.best_fit:BestFitPacker.pack"),
     ("hash", "data_scheduler.batch:sequence_digest"),
     ("tensors", "data_scheduler.dataset:to_torch"),
-    ("plan", "data_scheduler.scheduler:Scheduler._produce"),
+    ("plan", "data_scheduler.producer:Producer.produce"),
     ("count", "data_scheduler.state:State.consume"),
     ("state_dict", "data_scheduler.scheduler:Scheduler.state_dict"),
 )

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from data_scheduler.config import DataConfig, Stage, StrictModel, with_stages
+from data_scheduler.config import DataConfig, StrictModel
 from data_scheduler.objectives.config import sees_ahead
+from data_scheduler.stage_config import Stage, with_stages
 from pretrain.config.learning_rate import LearningRateConfig, LearningRateSegment, check_schedule
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat

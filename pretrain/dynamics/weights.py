@@ -5,7 +5,6 @@ the tokens of the global batch. Under the distributed optimizer a rank holds a r
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from parallel.parameter_names import BLOCKS, OUTPUT_HEAD, parameter_names
 from pretrain.dynamics.noise_scale import is_measured
 from pretrain.dynamics.totals import Totals
+from pretrain.master_weights import master_weights
 
 
 class _Part(NamedTuple):
@@ -34,7 +34,7 @@ class Weights:
         places = dict(_places(chunks, totals))
         self._parts = [
             _Part(weight, *places[parameter])
-            for parameter, weight in _held(optimizer)
+            for parameter, weight in master_weights(optimizer)
             if parameter in places and _counts_here(parameter, tp_rank)
         ]
         self._before: list[torch.Tensor] = []
@@ -80,28 +80,6 @@ def _places(chunks: Sequence[Any], totals: Totals) -> Iterator[tuple[Any, tuple[
         for prefix, part in edges.items():
             if name.startswith(prefix):
                 yield parameter, (totals.place(part), name)
-
-
-def _held(optimizer: Any) -> Iterator[tuple[Any, torch.Tensor]]:
-    """(parameter of the model, the part of it that this rank's optimizer updates, in fp32)."""
-    for each in optimizer.chained_optimizers:
-        if getattr(each, "is_stub_optimizer", False):
-            continue
-        if hasattr(each, "shard_fp32_groups"):  # megatron's DistributedOptimizer
-            pairs = [
-                (each.model_float16_groups, each.shard_fp32_from_float16_groups),
-                (each.model_fp32_groups, each.shard_fp32_groups),
-            ]
-        elif hasattr(each, "fp32_from_float16_groups"):
-            pairs = [
-                (each.float16_groups, each.fp32_from_float16_groups),
-                (each.fp32_from_fp32_groups, each.fp32_from_fp32_groups),
-            ]
-        else:
-            groups = [group["params"] for group in each.param_groups]
-            pairs = [(groups, groups)]
-        for models, mains in pairs:
-            yield from zip(chain(*models), chain(*mains), strict=True)
 
 
 def _counts_here(parameter: Any, tp_rank: int) -> bool:

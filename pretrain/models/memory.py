@@ -2,8 +2,8 @@
 
     weights      numel · itemsize                                          exact
     gradients    numel · 4: buffers are fp32 in every precision            exact
-    optimizer    Adam's two moments, under bf16 and fp16 the master weights: 8 or 12 bytes a parameter; with
-                 parallel.distributed_optimizer shared out over data- and context-parallel ranks (ZeRO-1)
+    optimizer    AdamW: 8 bytes a parameter, under bf16 and fp16 12, shared out or not; see `standing_memory.py`, also
+                 for SGD, Muon, experts and fully sharded weights
     activations  what autograd keeps of a block for one token, times layers, tokens and micro-batches in flight
     logits       float32[tokens, vocabulary / tp], in half precision a copy in it while they are made, and the last
                  norm's input and output
@@ -20,20 +20,21 @@ Worked example: `llama-1b`, bf16, one GPU, 4,096 tokens, hidden 2,048, FFN 8,192
 a token keeps 2·(2,048·4 + 3,072 + 2,048 + 512 + 2,048 + 5·8,192) bytes and a little for norms and softmax: 114 kB; in
 16 blocks 4,096 tokens keep 7.5 GB.
 
-Dense models under AdamW alone are counted, with whole weights: `not_counted` says what of a run is not.
+Multi-token heads keep what a block keeps and logits of their own. `not_counted` says what of a run is not known.
 
 Not counted either: what the allocator cannot use, the CUDA context (about 0.5 GB), NCCL's buffers, workspaces of matrix
 products. `tests/pretrain/test_memory.py` holds weights, gradients and optimizer against the real buffers, and the
 activations, on a CPU, against what autograd saves; what a GPU's kernels keep is from their sources, not yet measured.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from parallel.layout import Layout
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.models.sizes import FAMILIES, attention_width, has_qk_norm, head_size, query_groups
+from pretrain.models.standing_memory import standing
+from pretrain.models.weights import weights
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 BYTES_PER_INPUT = 8 + 8 + 8 + 8 + 1
@@ -59,6 +60,7 @@ class Kernels(NamedTuple):
 
 
 GPU = Kernels()
+ADAMW = OptimizerConfig()
 
 
 class StageMemory(NamedTuple):
@@ -70,7 +72,7 @@ class StageMemory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    """Of the fullest rank; the others have less by padding only."""
+    """Of the fullest rank; the others have less by padding, or by what others own."""
     activations: int
     logits: int
     recomputed: int
@@ -83,16 +85,12 @@ class StageMemory(NamedTuple):
         return standing + self.activations + max(self.logits, self.recomputed)
 
 
-def not_counted(model: ModelConfig, layout: Layout, optimizer: str) -> Iterator[str]:
-    """What `memory_by_stage` does not know of a run, for people; `optimizer` is its kind."""
+def not_counted(model: ModelConfig, layout: Layout) -> Iterator[str]:
+    """What `memory_by_stage` does not know of a run, for people."""
     if model.num_experts is not None:
-        yield "experts: every block is counted with a dense MLP of ffn_hidden_size"
-    if model.mtp is not None:
-        yield "multi-token heads: their weights, activations and logits are not counted"
+        yield "experts: which tokens go where is not known; activations are those of a dense MLP of ffn_hidden_size"
     if layout.fully_sharded:
-        yield "fully sharded weights: weights, gradients and optimizer state are counted as if every rank had all"
-    if optimizer != "adamw":
-        yield f"{optimizer}: its state is counted as if it were AdamW's, which has more"
+        yield "fully sharded weights: what is gathered of a layer or two, and of embedding and head, is not counted"
 
 
 def memory_by_stage(
@@ -103,10 +101,11 @@ def memory_by_stage(
     precision: Literal["fp32", "bf16", "fp16"] = "bf16",
     recompute: Literal["none", "selective", "full"] = "none",
     kernels: Kernels = GPU,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> list[StageMemory]:
     """What each pipeline stage's ranks need in training; `vocab_size` is the padded one, `layout` one that fits."""
     return [
-        _stage(stage, model, vocab_size, layout, batch, ITEMSIZE[precision], recompute, kernels)
+        _stage(stage, model, vocab_size, layout, batch, ITEMSIZE[precision], recompute, kernels, optimizer)
         for stage in range(layout.pipeline_parallel_size)
     ]
 
@@ -120,14 +119,10 @@ def _stage(
     itemsize: int,
     recompute: str,
     kernels: Kernels,
+    optimizer: OptimizerConfig,
 ) -> StageMemory:
-    chunks = [list(_weights(model, vocab_size, layout, stage, chunk)) for chunk in range(layout.model_chunks)]
-    parameters = sum(weight.numel for chunk in chunks for weight in chunk)
-    sharded = layout.distributed_optimizer
-    shards = layout.data_parallel_size * layout.context_parallel_size if sharded else 1
-    stored = sum(_buffer_size(chunk, shards) for chunk in chunks) if sharded else parameters
-    masters = 4 if itemsize == 2 else 0
-
+    chunks = [list(weights(model, vocab_size, layout, stage, chunk)) for chunk in range(layout.model_chunks)]
+    stands = standing(chunks, layout, optimizer, itemsize, batch.micro_batches)
     block = _block(model, layout, itemsize, kernels)
     tokens = batch.seq_len * batch.micro_batch_size // layout.context_parallel_size
     kept, again = block.kept(recompute)
@@ -135,14 +130,18 @@ def _stage(
     activations = _in_flight(layout, stage, batch.micro_batches) * layers * kept
     logits = 0
     if stage == layout.pipeline_parallel_size - 1:
-        logits = block.final + vocab_size // layout.tensor_parallel_size * (4 + (itemsize if itemsize < 4 else 0))
+        heads = model.mtp.depth if model.mtp is not None else 0
+        activations += heads * kept
+        of_vocabulary = vocab_size // layout.tensor_parallel_size
+        # One copy in half precision: each head's lives while its logits are made.
+        logits = (1 + heads) * (block.final + 4 * of_vocabulary) + (itemsize * of_vocabulary if itemsize < 4 else 0)
     inputs = BYTES_PER_INPUT + head_size(model) * itemsize + _indices(layout)
     return StageMemory(
         stage=stage,
-        parameters=parameters,
-        weights=stored * itemsize,
-        gradients=stored * 4,
-        optimizer=stored // shards * (8 + masters),
+        parameters=sum(weight.numel for chunk in chunks for weight in chunk),
+        weights=stands.weights,
+        gradients=stands.gradients,
+        optimizer=stands.optimizer,
         activations=tokens * activations,
         logits=tokens * logits,
         recomputed=tokens * again,
@@ -157,57 +156,6 @@ def _indices(layout: Layout) -> int:
     if cp == 1:
         return 0
     return 16 * cp if layout.context_parallel_method == "all_to_all" else 8 * cp + 4
-
-
-# -- weights ----------------------------------------------------------------------------------------------------------
-
-
-class _Weight(NamedTuple):
-    numel: int
-    alone: bool = False
-    """Has a bucket of its own: the embedding that two pipeline stages share."""
-
-
-def _weights(model: ModelConfig, vocab_size: int, layout: Layout, stage: int, chunk: int) -> Iterator[_Weight]:
-    """The weights of one model chunk on one rank, in the order in which the model has them."""
-    tp, hidden, ffn = layout.tensor_parallel_size, model.hidden_size, model.ffn_hidden_size
-    family = FAMILIES[model.family]
-    norms = 2 if family.normalization == "LayerNorm" else 1
-    width, key_value = attention_width(model), query_groups(model) * head_size(model)
-    first = stage == 0 and chunk == 0
-    last = stage == layout.pipeline_parallel_size - 1 and chunk == layout.model_chunks - 1
-    embedding = _Weight(vocab_size // tp * hidden, alone=model.tie_embeddings and layout.pipeline_parallel_size > 1)
-    if first:
-        yield embedding
-    for _ in range(model.num_layers // (layout.pipeline_parallel_size * layout.model_chunks)):
-        shapes = [hidden] * norms + [width * hidden // tp]
-        shapes += [hidden] if family.biases else []
-        shapes += [(width + 2 * key_value) * hidden // tp]
-        shapes += [(width + 2 * key_value) // tp] if family.biases else []
-        shapes += [head_size(model)] * (2 * norms) if has_qk_norm(model) else []
-        inner = ffn * (2 if family.gated else 1) // tp
-        shapes += [hidden] * norms + [inner * hidden] + ([inner] if family.biases else [])
-        shapes += [ffn // tp * hidden] + ([hidden] if family.biases else [])
-        yield from map(_Weight, shapes)
-    if last:
-        yield from map(_Weight, [hidden] * norms)
-        if not (first and model.tie_embeddings):
-            yield embedding
-
-
-def _buffer_size(weights: list[_Weight], shards: int) -> int:
-    """Numbers in megatron-core's buffer for `weights` under the distributed optimizer: each begins at a multiple of 64,
-    each bucket ends at one of 128 and of the ranks that share it (`_ParamAndGradBuffer`)."""
-    divisor = math.lcm(shards, 128)
-    at = 0
-    for weight in reversed(weights):
-        at = _up(_up(at, 64), divisor if weight.alone else 1) + weight.numel
-        at = _up(at, divisor) if weight.alone else at
-    return _up(at, divisor)
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 # -- activations ------------------------------------------------------------------------------------------------------

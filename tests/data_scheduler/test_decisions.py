@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import jsonl, make_documents
 
-from data_scheduler import DataConfig, Feedback, Journal, Scheduler, batch_sha256, merge_states
-from data_scheduler import scheduler as scheduler_module
+from data_scheduler import DataConfig, Feedback, Journal, Scheduler, batch_sha256, merge_states, policy_turns
 from data_scheduler.control import (
     Decision,
     RefusedError,
@@ -23,6 +22,7 @@ from data_scheduler.control import (
     first_step,
     settle,
 )
+from data_scheduler.manifest import Manifest
 from data_scheduler.mixture import ONE, Mixer
 from data_scheduler.plan import Plan
 from data_scheduler.replay import replay
@@ -100,7 +100,7 @@ class Moody:
 def test_what_a_person_set_holds_against_a_policy_that_keeps_changing_its_mind(
     data_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "open_policy", lambda *about: Moody(about[-1]))
+    monkeypatch.setattr(policy_turns, "open_policy", lambda *about: Moody(about[-1]))
     scheduler = Scheduler(data_config())
     for _ in range(3):
         next(scheduler)
@@ -201,7 +201,7 @@ def test_a_source_that_joins_is_the_same_live_and_after_a_restart_before_it(data
     live = [batch_sha256(next(scheduler).digests) for _ in range(4)]
     state = scheduler.state_dict()
     live += [batch_sha256(next(scheduler).digests) for _ in range(4)]
-    manifest = scheduler_module.Manifest.take(source)
+    manifest = Manifest.take(source)
     scheduler.take(Decision("manifest", 8, manifest.to_data()), "system")
     scheduler.take(named(Decision("source_added", 8, {"source": source.model_dump(mode="json")})), "user:ada")
     scheduler = scheduler.with_source(source)
@@ -228,7 +228,7 @@ def test_a_source_may_join_under_any_policy(data_config: Make, tmp_path: Path, k
     drawn = 0
     for step in range(24):
         if step == 12:
-            manifest = scheduler_module.Manifest.take(source)
+            manifest = Manifest.take(source)
             scheduler.try_policy(kind, {}, (source, manifest))
             scheduler.take(Decision("manifest", 12, manifest.to_data()), "system")
             added = Decision("source_added", 12, {"source": source.model_dump(mode="json")})

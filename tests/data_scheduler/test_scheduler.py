@@ -5,7 +5,7 @@ import json
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from small_corpus import jsonl
 
 from data_scheduler import DataConfig, Journal, Scheduler, batch_sha256, merge_states
-from data_scheduler import scheduler as scheduler_module
-from data_scheduler.policies import Feedback
 from data_scheduler.state import load_state, save_state
 from headrace.errors import CheckpointError, ConfigError, DataError, LayoutError
 
@@ -149,72 +147,6 @@ def test_schedule_changes_the_mixture_at_its_steps_and_is_journaled(data_config:
     assert all(counts[2] + counts[3] >= 23 for counts in shares[9:])
     mixtures = scheduler.journal.of("mixture")
     assert [(event.step, event.by) for event in mixtures[:3]] == [(step, "policy:schedule") for step in (0, 5, 9)]
-
-
-class Chaser:
-    """Test policy: all weight to the source with the highest reported loss."""
-
-    uses_feedback = True
-
-    def __init__(self, initial: Mapping[str, Any]) -> None:
-        self._names = list(initial)
-        self._latest: dict[str, float] = {}
-        self.heard: list[int] = []
-
-    def weights(self, step: int, feedback: Sequence[Feedback]) -> Mapping[str, float]:
-        for report in feedback:
-            self._latest.update(report.source_loss)
-            self.heard.append(report.step)
-        worst = max(self._names, key=lambda name: (self._latest.get(name, 0.0), name))
-        return {name: 4.0 if name == worst else 1.0 for name in self._names}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"latest": self._latest, "heard": list(self.heard)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._latest, self.heard = dict(state.get("latest", {})), list(state.get("heard", []))
-
-
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_feedback_shapes_later_steps_the_same_way_after_a_stop(
-    data_config: Make, monkeypatch: pytest.MonkeyPatch, prefetch: int
-) -> None:
-    monkeypatch.setattr(
-        scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names))
-    )
-
-    def go(scheduler: Scheduler, first: int, last: int) -> list[str]:
-        hashes = []
-        for step in range(first, last):
-            batch = next(scheduler)
-            hashes.append(batch_sha256(batch.digests))
-            losses = {name: float((step * 7 + 3 * number) % 11) for number, name in enumerate("abcd")}
-            scheduler.feedback(step, losses, dict.fromkeys("abcd", 10))
-        return hashes
-
-    config = data_config(prefetch=prefetch, policy={"kind": "static", "horizon": 5})
-    whole = Scheduler(config)
-    expected = go(whole, 0, 30)
-    assert len({event.step for event in whole.journal.of("mixture")}) > 3
-    assert whole.state_dict()["policy"]["heard"] == list(range(25))
-    whole.close()
-    for stop in (1, 4, 7, 19):
-        first = Scheduler(config)
-        hashes = go(first, 0, stop)
-        state = json.loads(json.dumps(first.state_dict(), default=lambda array: array.tolist()))
-        first.close()
-        second = Scheduler(data_config(prefetch=4 - prefetch, policy={"kind": "static", "horizon": 5}))
-        second.load_state_dict(state)
-        assert hashes + go(second, stop, 30) == expected
-        second.close()
-
-
-def test_horizon_must_pass_prefetch(data_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        scheduler_module, "open_policy", lambda config, context, *chosen: Chaser(dict.fromkeys(context.names))
-    )
-    with pytest.raises(ConfigError, match="horizon"):
-        Scheduler(data_config(prefetch=8))
 
 
 def test_restart_in_a_run_folder_continues_its_journal(data_config: Make, tmp_path: Path) -> None:

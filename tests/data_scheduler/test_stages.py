@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from staged_runs import CURRICULUM, LANES, STEPS, Make, counts, staged
 
-from data_scheduler import DataConfig, DataScheduler, Journal, Scheduler, batch_sha256, merge_states
-from data_scheduler.assumed_losses import FLAT_LOSS
+from data_scheduler import DataConfig, Journal, Scheduler, batch_sha256, merge_states
 from data_scheduler.batch import Batch
 from data_scheduler.control import Decision
 from data_scheduler.dry_run import DryRun
@@ -22,17 +20,13 @@ from data_scheduler.manifest import Manifest
 from data_scheduler.order import Int64, lanes_of
 from data_scheduler.plan import Plan
 from data_scheduler.replay import ledger, replay, trace
-from data_scheduler.simulate import Volume, estimate_sources, simulate
-from data_scheduler.stages import changes, tokens_before, turns
+from data_scheduler.simulate import Volume, simulate
+from data_scheduler.stages import tokens_before, turns
 from data_scheduler.state import Snapshots
 from data_scheduler.timeline import Timeline
 from data_scheduler.token_estimate import TokenEstimate
-from headrace.errors import ConfigError, LayoutError
-from pretrain.config import load_config
+from headrace.errors import LayoutError
 
-Make = Callable[..., DataConfig]
-STEPS = 14
-LANES = 12
 Shape = tuple[int, int]
 
 
@@ -232,21 +226,6 @@ def test_no_token_is_lost_or_repeated_at_a_boundary(
 
 # -- the journal -----------------------------------------------------------------------------------------------------
 
-CURRICULUM: list[dict[str, Any]] = [
-    {"from_step": 4, "seq_len": 128, "weights": {"a": 1.0, "d": 3.0}},
-    {"from_step": 8, "batch_ramp": {"to": 24, "multiply": 2, "every": 2}},
-    {"from_step": 12, "weights": {"c": 1.0}},
-]
-
-
-def staged(data_config: Make, **changes: Any) -> DataConfig:
-    given = {"seq_len": 32, "global_batch_size": 6, "lanes": LANES, "stages": CURRICULUM, "prefetch": 2}
-    return data_config(**given | changes)
-
-
-def counts(scheduler: Scheduler, steps: int) -> list[list[int]]:
-    return [np.bincount(next(scheduler).source_ids, minlength=4).tolist() for _ in range(steps)]
-
 
 def test_stages_are_journaled_at_the_start_and_weights_hold_from_their_step(data_config: Make, tmp_path: Path) -> None:
     scheduler = Scheduler(staged(data_config), run_dir=tmp_path)
@@ -378,139 +357,6 @@ def test_more_ranks_once_the_batch_has_grown(data_config: Make, tmp_path: Path) 
         rank.close()
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        {"kind": "odm", "options": {"warmup_steps": 3}, "horizon": 3, "guard": {"min_share": 0.1}},
-        {"kind": "unimax", "options": {"max_epochs": 2.0}},
-        {"kind": "schedule", "options": {"stages": [{"from_tokens": 3000, "weights": {"b": 1.0}}]}},
-    ],
-    ids=lambda policy: policy["kind"],
-)
-def test_policies_go_through_stages_alike_in_a_run_and_in_a_simulation(
-    data_config: Make, policy: dict[str, Any]
-) -> None:
-    stages = [dict(stage) for stage in CURRICULUM]
-    if policy["kind"] == "schedule":
-        for stage in stages:
-            stage.pop("weights", None)
-    config = staged(data_config, stages=stages, policy=policy)
-    scheduler = Scheduler(config, run_steps=STEPS)
-    drawn = []
-    for step in range(STEPS):
-        drawn += counts(scheduler, 1)
-        given = [name for name, count in zip("abcd", drawn[-1], strict=True) if count]
-        scheduler.feedback(step, dict.fromkeys(given, FLAT_LOSS), dict.fromkeys(given, 64))
-    volumes = estimate_sources(config)
-    assert [s.sequences for s in simulate(config, volumes, STEPS).sources] == np.sum(drawn, axis=0).tolist()
-    if policy["kind"] == "schedule":  # 4 · 6 · 32 tokens, then 6 · 128 a step: 3,072 with the seventh
-        assert [event.step for event in scheduler.journal.of("mixture")] == [0, 7]
-    else:  # sources that a stage does not name are off, also for the bounds
-        assert drawn[11][1:3] == [0, 0]
-        assert drawn[13] == [0, 0, 24, 0]
-    scheduler.close()
-
-
-ODM: dict[str, Any] = {"kind": "odm", "options": {"warmup_steps": 2}}
-PATIENT: dict[str, Any] = {"kind": "odm", "options": {"warmup_steps": 3}}
-POLICIES: list[dict[str, Any]] = [
-    {"from_step": 3, "policy": ODM},
-    {"from_step": 6, "global_batch_size": 12},
-    {
-        "from_step": 8,
-        "policy": {"kind": "temperature", "options": {"temperature": 2.0}},
-        "weights": {"a": 4.0, "d": 1.0},
-    },
-    {"from_step": 10, "policy": ODM},
-    {"from_step": 12, "policy": PATIENT},
-]
-
-
-def told(scheduler: Scheduler, steps: int) -> list[list[int]]:
-    """What was drawn in `steps` steps, each told to the scheduler as `DryRun` tells it."""
-    drawn = []
-    for step in range(scheduler.next_step, scheduler.next_step + steps):
-        drawn += counts(scheduler, 1)
-        given = {name: count for name, count in zip("abcd", drawn[-1], strict=True) if count}
-        losses = {name: 1.0 + step / (1 + "abcd".index(name)) for name in given}
-        scheduler.feedback(step, losses, {name: count * 32 for name, count in given.items()})
-    return drawn
-
-
-def test_a_stage_has_its_own_policy_which_begins_anew_and_is_resumed_exactly(data_config: Make, tmp_path: Path) -> None:
-    guard = {"guard": {"min_share": 0.05, "max_change": 0.4}, "horizon": 3}
-    config = staged(data_config, stages=POLICIES, policy=guard)
-
-    def go(folder: Path, *stops: int) -> tuple[list[list[int]], Scheduler]:
-        drawn: list[list[int]] = []
-        state = None
-        for stop in (*stops, STEPS):
-            scheduler = Scheduler(config, run_dir=folder, run_steps=STEPS)
-            if state is not None:
-                scheduler.load_state_dict(state)
-            drawn += told(scheduler, stop - len(drawn))
-            state = scheduler.state_dict()
-            scheduler.close()
-        return drawn, scheduler
-
-    whole, scheduler = go(tmp_path / "whole")
-    weights = {"a": 4.0, "b": 0.0, "c": 0.0, "d": 1.0}
-    own = {source.name: source.weight for source in config.sources}
-    assert [(event.step, event.data) for event in scheduler.journal.of("policy")] == [
-        (3, ODM | {"weights": own, "stage": 0}),
-        (8, {"kind": "temperature", "options": {"temperature": 2.0}, "weights": weights, "stage": 2}),
-        (10, ODM | {"weights": weights, "stage": 3}),
-        (12, PATIENT | {"weights": weights, "stage": 4}),
-    ]
-    mixture = {event.step: (event.by, event.data["weights"]) for event in scheduler.journal.of("mixture")}
-    assert [mixture[step][0] for step in (0, 3, 8, 10)] == [
-        f"policy:{kind}" for kind in ("static", "odm", "temperature", "odm")
-    ]
-    # The second odm begins from the weights, not from what the first had learned. Guard-rails hold throughout.
-    assert [name for name, share in mixture[8][1].items() if share] == ["a", "d"]
-    for step in (10, 12):
-        begun = scheduler.plan.mixture.at(step)
-        assert begun == pytest.approx({"a": 0.8, "b": 0.0, "c": 0.0, "d": 0.2}, abs=1e-6), step
-    assert len([step for step in mixture if 3 < step < 8]) > 1
-    assert all(weights[name] >= 0.05 - 1e-6 for step, (_, weights) in mixture.items() for name in "ad")
-    again = [np.bincount(batch.source_ids, minlength=4).tolist() for batch in replay(tmp_path / "whole", 0, STEPS - 1)]
-    assert again == whole
-    for stops in ((3,), (5, 8), (9, 10, 12)):
-        assert go(tmp_path / f"stopped-{stops[0]}", *stops)[0] == whole, stops
-
-
-def test_a_simulation_knows_the_policies_of_stages(data_config: Make) -> None:
-    config = staged(data_config, stages=POLICIES, policy={"horizon": 3})
-    scheduler = Scheduler(config, run_steps=STEPS)
-    drawn = []
-    for step in range(STEPS):
-        drawn += counts(scheduler, 1)
-        given = [name for name, count in zip("abcd", drawn[-1], strict=True) if count]
-        scheduler.feedback(step, dict.fromkeys(given, FLAT_LOSS), dict.fromkeys(given, 64))
-    scheduler.close()
-    simulation = simulate(config, estimate_sources(config), STEPS)
-    assert [source.sequences for source in simulation.sources] == np.sum(drawn, axis=0).tolist()
-    assert simulation.policy == "static, then odm, then temperature, then odm"
-
-
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        ({"kind": "odmm"}, "stages.1.policy.kind: no policy 'odmm' (known: "),
-        ({"kind": "temperature", "options": {"temp": 1.0}}, "stages.1.policy.options of 'temperature': "),
-        ({"kind": "odm"}, "data.policy.horizon: 2 must be larger than 2 (data.prefetch)"),
-    ],
-)
-def test_a_policy_that_a_later_stage_cannot_have_is_refused_at_the_start(
-    data_config: Make, tmp_path: Path, policy: dict[str, Any], message: str
-) -> None:
-    stages = [{"from_step": 2, "seq_len": 16}, {"from_step": 10_000, "policy": policy}]
-    with pytest.raises(ConfigError) as caught:
-        Scheduler(staged(data_config, stages=stages, policy={"horizon": 2}), run_dir=tmp_path)
-    assert message in str(caught.value)
-    assert (tmp_path / "journal.jsonl").read_bytes() == b""
-
-
 def test_a_source_that_a_person_added_keeps_its_weight_in_later_stages(data_config: Make, tmp_path: Path) -> None:
     """Going on from the journal, and going on after a restart, at any step."""
     *known, joining = staged(data_config).sources
@@ -539,106 +385,3 @@ def test_a_source_that_a_person_added_keeps_its_weight_in_later_stages(data_conf
     assert go(5, tmp_path / "before") == whole
     assert go(8, tmp_path / "at") == whole
     assert go(10, tmp_path / "after") == whole
-
-
-# -- configuration ---------------------------------------------------------------------------------------------------
-
-
-def test_the_worked_example(data_config: Make) -> None:
-    config = data_config(
-        seq_len=64,
-        global_batch_size=4,
-        stages=[
-            {"from_tokens": 1000, "seq_len": 128},
-            {"from_tokens": 3000, "batch_ramp": {"to": 16, "multiply": 2, "every": 2000}},
-        ],
-    )
-    found = [tuple(turn) for turn in turns(config, None, Timeline())]
-    assert found == [(0, None, 64, 4), (4, 0, 128, 4), (8, 1, 128, 8), (10, 1, 128, 16)]
-
-
-@pytest.mark.parametrize(
-    ("stages", "message"),
-    [
-        ([{"seq_len": 64}], "begins at one of from_step, from_tokens, from_share; this one has none"),
-        ([{"from_step": 1, "from_share": 0.1}], "this one has from_step and from_share"),
-        ([{"from_step": 5}, {"from_step": 5}], "stages.1.from_step: 5 does not come after 5"),
-        ([{"from_step": 5}, {"from_tokens": 500}], "stages.1.from_tokens: all stages begin in the same unit"),
-        ([{"from_share": 1.5}], "less than or equal to 1"),
-        ([{"from_step": 1, "weights": {"x": 1.0}}], "stages.0.weights: no source 'x' (sources: a, b, c, d)"),
-        ([{"from_step": 1, "weights": {"a": 0.0}}], "stages.0.weights: give at least one source a positive weight"),
-        ([{"from_step": 1, "weights": {"a": -1.0}}], "greater than or equal to 0"),
-        ([{"from_step": 1, "batch_ramp": {"to": 48, "every": 2}}], "batch_ramp: give add or multiply"),
-        ([{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "multiply": 2, "every": 2}}], "give add or multiply"),
-        (
-            [{"from_step": 1, "batch_ramp": {"to": 40, "multiply": 2, "every": 2}}],
-            "from 24 a batch does not grow to 40",
-        ),
-        ([{"from_step": 1, "batch_ramp": {"to": 24, "add": 2, "every": 2}}], "from 24 a batch does not grow to 24"),
-        ([{"from_step": 1, "batch_ramp": {"to": 10**9, "add": 1, "every": 2}}], "is more than 1000 times"),
-        (
-            [{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0.5}}],
-            "batch_ramp.every: whole steps, got 0.5",
-        ),
-        ([{"from_step": 1, "batch_ramp": {"to": 48, "add": 2, "every": 0}}], "greater than 0"),
-        ([{"from_step": 1, "global_batch_size": 8, "batch_ramp": {"to": 48, "add": 2, "every": 1}}], "or batch_ramp"),
-        (
-            [{"from_step": 1, "batch_ramp": {"to": 96, "multiply": 2, "every": 9}}, {"from_step": 5}],
-            "stages.0.batch_ramp: ends at 10, after the next stage has begun at 5",
-        ),
-    ],
-)
-def test_mistakes_are_named(data_config: Make, stages: list[dict[str, Any]], message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        data_config(stages=stages)
-    assert message in str(caught.value)
-
-
-def test_weights_need_a_policy_and_bounds_that_use_them(data_config: Make) -> None:
-    schedule = {"kind": "schedule", "options": {"stages": []}}
-    with pytest.raises(ValidationError, match="'schedule' has mixtures of its own"):
-        staged(data_config, policy=schedule)
-    with pytest.raises(ValidationError, match=r"stages.0.weights: the sources' least shares sum to 1.2"):
-        wide = {"from_step": 3, "weights": dict.fromkeys("abcd", 1.0)}
-        two = [{"name": n, "paths": ["x"], "weight": float(n in "ab")} for n in "abcd"]
-        data_config(sources=two, stages=[wide], policy={"guard": {"min_share": 0.3}})
-    with pytest.raises(ConfigError, match=r"from_share needs the run's length, train.steps"):
-        Scheduler(data_config(stages=[{"from_share": 0.5, "seq_len": 16}]))
-
-
-def test_lanes_fit_the_largest_batch() -> None:
-    def lanes(batch: int, *sizes: int) -> int:
-        stages = [{"from_step": n + 1, "global_batch_size": size} for n, size in enumerate(sizes)]
-        sources = [{"name": "a", "paths": ["a"]}]
-        raw = {"tokenizer": "t", "sources": sources, "global_batch_size": batch, "stages": stages}
-        return DataConfig.model_validate(raw).lanes
-
-    assert [lanes(8), lanes(8, 64), lanes(7, 240), lanes(64, 8), lanes(32, 1024)] == [240, 192, 240, 192, 128]
-
-
-def test_the_scheduler_alone_takes_the_data_part_of_a_runs_stages(data_config: Make, tmp_path: Path) -> None:
-    data = data_config(seq_len=32, global_batch_size=6, lanes=LANES).model_dump(exclude={"stages"})
-    model = {"family": "llama", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "ffn_hidden_size": 8}
-    stages = [{"from_step": 2, "seq_len": 16, "rope_base": 5e5, "lr_scale": 0.5}]
-    run = {"run": {"dir": "x"}, "model": model, "data": data, "train": {"steps": 4}, "stages": stages}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
-    loaded = load_config(tmp_path / "run.yaml")
-    alone = DataScheduler.from_config(tmp_path / "run.yaml")
-    assert loaded.data.stages == alone.scheduler.config.stages
-    batches = iter(alone)
-    assert [next(batches)["tokens"].shape for _ in range(4)] == [(6, 33), (6, 33), (6, 17), (6, 17)]
-    alone.scheduler.close()
-    other = run | {"data": data | {"stages": [{"from_step": 3, "seq_len": 16}]}}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(other))
-    for load in (load_config, DataScheduler.from_config):
-        with pytest.raises(ConfigError, match=r"two.yaml.*data.stages is another list than stages; leave it out"):
-            load(tmp_path / "two.yaml")
-
-
-def test_changes_of_a_ramp() -> None:
-    raw = {"tokenizer": "t", "sources": [{"name": "a", "paths": ["a"]}], "global_batch_size": 32, "stages": [
-        {"from_tokens": 100, "batch_ramp": {"to": 128, "add": 32, "every": 50}}, {"from_tokens": 200, "seq_len": 8},
-    ]}  # fmt: skip
-    config = DataConfig.model_validate(raw)
-    found = [(change.at, *change[2:]) for change in changes(4, 32, config.stages)]
-    assert found == [(100, 4, 64), (150, 4, 96), (200, 4, 128), (200, 8, 128)]

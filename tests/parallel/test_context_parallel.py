@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from process_group import run_ranks
 from tiny_run import tiny_config, tiny_steps
+from varlen_on_cpu import aligned_to_the_last
 
 from parallel import attention, process_groups
-from parallel.attention import PackedAttention, PackedDocuments, pack_documents
+from parallel.attention import PackedAttention, pack_documents
 from parallel.context_parallel import context_parallel_index, share_of
 from parallel.engine import parallel_state
 from parallel.layout import ContextParallelMethod, Layout
@@ -69,22 +69,6 @@ def test_every_query_sees_its_document_up_to_itself(case: tuple[list[int], int, 
         assert torch.equal(torch.arange(tokens)[swapped.back], order)
 
 
-def aligned_to_the_last(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scale: float | None
-) -> torch.Tensor:
-    """What flash-attn's varlen kernel computes of the same arguments: it knows where pieces start and no lengths."""
-    outs = []
-    queries, keys = documents.cu_seqlens_q.tolist(), documents.cu_seqlens_kv.tolist()
-    for number in range(len(queries) - 1):
-        q = query[queries[number] : queries[number + 1]].transpose(0, 1)
-        k, v = (x[keys[number] : keys[number + 1]].transpose(0, 1) for x in (key, value))
-        assert q.size(1) <= documents.max_seqlen_q
-        assert k.size(1) <= documents.max_seqlen_kv
-        mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool).tril(k.size(1) - q.size(1))
-        outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
-    return torch.cat(outs, dim=1).transpose(0, 1)
-
-
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)])
@@ -118,7 +102,7 @@ def test_outputs_and_gradients_are_those_of_one_process(
 
     expected = attend(Layout(1))
     if varlen:
-        monkeypatch.setattr(attention, "_varlen_kernel", lambda dtype: aligned_to_the_last)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda dtype: aligned_to_the_last)
     ranks = run_ranks(2, attend, Layout(2, context_parallel_size=2, context_parallel_method=method))
     order = torch.cat([context_parallel_index(tokens, seq_len, 2, rank) for rank in range(2)])
     for parts, one in zip(zip(*ranks, strict=True), expected, strict=True):

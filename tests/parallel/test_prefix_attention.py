@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from varlen_on_cpu import aligned_to_the_last
 
 from headrace.errors import LayoutError
 from parallel import prefix_attention
 from parallel.attention import PackedAttention, PackedDocuments, pack_documents
 from parallel.context_parallel import context_parallel_index, share_of
 from parallel.rotary import rotate
+from parallel.varlen import Spans
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 
@@ -75,36 +77,17 @@ def test_forward_and_backward_agree_with_a_mask(shapes: list[tuple[int, int]]) -
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_two_varlen_calls_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan for a GPU's kernel, with a kernel written here: its causal mask is aligned at the end of queries and
-    keys, as flash-attn documents it."""
-
-    def kernel(tensors, cu_seqlens, longest, causal, scale):  # type: ignore[no-untyped-def]
-        query, key, value = tensors
-        outs = []
-        for (a, b), (c, d) in zip(
-            zip(cu_seqlens[0][:-1], cu_seqlens[0][1:], strict=True),
-            zip(cu_seqlens[1][:-1], cu_seqlens[1][1:], strict=True),
-            strict=True,
-        ):
-            assert b - a <= longest[0]
-            assert d - c <= longest[1]
-            mask = torch.ones(b - a, d - c, dtype=torch.bool)
-            mask = mask.tril(int((d - c) - (b - a))) if causal else mask
-            q, k, v = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            outs.append(out[0].transpose(0, 1))
-        return torch.cat(outs)
-
-    monkeypatch.setattr(prefix_attention, "_kernel", kernel)
+def test_two_varlen_calls_are_the_same() -> None:
+    """The plan for a GPU's kernel, with a kernel written here."""
     for lengths, prefixes in (([5, 1, 9, 3], [2, 0, 9, 1]), ([4, 4], [4, 4])):
         documents = packed(lengths, prefixes)
-        assert documents.prefixes is not None
-        query, key, value = inputs(sum(lengths))
-        cu_seqlens, longest = documents.cu_seqlens_q, documents.max_seqlen_q
-        by_document = prefix_attention.by_document(query, key, value, lengths, documents.prefixes, None)
-        varlen = prefix_attention.varlen(query, key, value, cu_seqlens, longest, documents.prefixes, None)
-        torch.testing.assert_close(varlen, by_document, rtol=1e-5, atol=1e-6)
+        found = documents.prefixes
+        assert found is not None
+        tensors = inputs(sum(lengths))
+        spans = Spans(documents.cu_seqlens_kv, documents.max_seqlen_kv)
+        by_document = prefix_attention.by_document(*tensors, lengths, found, None)
+        in_two_calls = prefix_attention.in_two_calls(*tensors, spans, found, aligned_to_the_last, None)
+        torch.testing.assert_close(in_two_calls, by_document, rtol=1e-5, atol=1e-6)
 
 
 def test_a_changed_prefix_token_changes_its_own_document_alone() -> None:

@@ -83,7 +83,7 @@ def estimated(config: RunConfig, layout: Layout) -> list[StageMemory]:
     train = config.train
     micro_batches = BATCH // layout.data_parallel_size // train.micro_batch_size
     batch = Batch(SEQ_LEN, train.micro_batch_size, micro_batches)
-    return memory_by_stage(config.model, VOCAB, layout, batch, train.precision, train.recompute, HERE)
+    return memory_by_stage(config.model, VOCAB, layout, batch, train.precision, train.recompute, HERE, config.optimizer)
 
 
 def config_of(family: str, **changes: Any) -> RunConfig:

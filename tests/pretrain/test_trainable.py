@@ -170,5 +170,5 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
         return ""
 
     (said,) = run_ranks(1, build, timeout_s=120)
-    assert said.startswith("stages.0.trainable: 'decoder.layers.4.*' matches no parameter; there are e.g. decoder.")
+    assert said.startswith("stages.0.trainable: no parameter is called 'decoder.layers.4.*'; the nearest are decoder.")
     assert "\n" not in said

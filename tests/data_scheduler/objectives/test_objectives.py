@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from small_corpus import jsonl, make_documents
+from stopped_runs import hashes, save_tokenizer
 
-from data_scheduler import DataConfig, Scheduler, batch_sha256, merge_states
+from data_scheduler import DataConfig, Scheduler, batch_sha256
 from data_scheduler.batch import Batch
 from data_scheduler.config import SourceConfig
 from data_scheduler.encoder import Encoder, load_encoder
@@ -37,42 +38,12 @@ SPECIALS = [
 @pytest.fixture(scope="module")
 def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The corpus's tokenizer with sentinels and mode tokens."""
-    from tokenizers import Tokenizer
-
-    made = Tokenizer.from_file(str(corpus / "tokenizer.json"))
-    made.add_special_tokens(SPECIALS)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(path))
-    return str(path)
+    return save_tokenizer(corpus, SPECIALS, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer: str) -> Encoder:
     return load_encoder(tokenizer)
-
-
-def hashes(
-    make: Callable[..., DataConfig], encoder: Encoder, parts: list[tuple[int, int, int]], run: Path
-) -> list[str]:
-    """The hashes of eight steps that are given in `parts`: (steps, data-parallel size, prefetch)."""
-    found: list[str] = []
-    state = None
-    for steps, dp, prefetch in [*parts, (8, 1, 0)]:
-        config = make(prefetch=prefetch)
-        ranks = [Scheduler(config, dp_rank=rank, dp_size=dp, run_dir=run, encoder=encoder) for rank in range(dp)]
-        for rank in ranks:
-            if state is not None:
-                rank.load_state_dict(state)
-        for _ in range(min(steps, 8 - len(found))):
-            digests: dict[int, bytes] = {}
-            for rank in ranks:
-                batch = next(rank)
-                digests.update(zip(batch.slots.tolist(), batch.digests, strict=True))
-            found.append(batch_sha256([digests[slot] for slot in range(6)]))
-        state = merge_states([rank.state_dict() for rank in ranks])
-        for rank in ranks:
-            rank.close()
-    return found
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_corpus import jsonl, make_documents
+from stopped_runs import hashes, save_tokenizer
 
-from data_scheduler import DataConfig, Scheduler, batch_sha256, merge_states
+from data_scheduler import DataConfig, Scheduler
 from data_scheduler.config import SourceConfig
 from data_scheduler.encoder import Encoder, load_encoder
 from data_scheduler.formats.records import MarkedText, MarkedTokens
@@ -43,13 +44,7 @@ DROPOUT = {"kind": "bpe_dropout", "p": 0.2}
 @pytest.fixture(scope="module")
 def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The corpus's tokenizer with special tokens for all of these."""
-    from tokenizers import Tokenizer
-
-    made = Tokenizer.from_file(str(corpus / "tokenizer.json"))
-    made.add_special_tokens(SPECIALS)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(path))
-    return str(path)
+    return save_tokenizer(corpus, SPECIALS, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -102,32 +97,17 @@ def test_stops_world_sizes_and_prefetch_change_nothing(
         chosen = [one for one in chosen if one is not FIM]  # these two are refused together
     run_dirs = [tmp_path_factory.mktemp("run") for _ in range(2)]
 
-    def go(parts: list[tuple[int, int, int]], run_dir: Path) -> list[str]:
-        hashes: list[str] = []
-        state = None
-        for steps, dp, prefetch in [*parts, (8, 1, 0)]:
-            config = data_config(
-                sources=[source(folder, *chosen)], tokenizer=tokenizer, packing=packing, prefetch=prefetch,
-                global_batch_size=6, lanes=6,
-            )  # fmt: skip
-            ranks = [
-                Scheduler(config, dp_rank=rank, dp_size=dp, run_dir=run_dir, encoder=encoder) for rank in range(dp)
-            ]
-            for rank in ranks:
-                if state is not None:
-                    rank.load_state_dict(state)
-            for _ in range(min(steps, 8 - len(hashes))):
-                digests: dict[int, bytes] = {}
-                for rank in ranks:
-                    batch = next(rank)
-                    digests.update(zip(batch.slots.tolist(), batch.digests, strict=True))
-                hashes.append(batch_sha256([digests[slot] for slot in range(6)]))
-            state = merge_states([rank.state_dict() for rank in ranks])
-            for rank in ranks:
-                rank.close()
-        return hashes
+    def make(**changes: Any) -> DataConfig:
+        return data_config(
+            sources=[source(folder, *chosen)],
+            tokenizer=tokenizer,
+            packing=packing,
+            global_batch_size=6,
+            lanes=6,
+            **changes,
+        )
 
-    assert go(parts, run_dirs[0]) == go([], run_dirs[1])
+    assert hashes(make, encoder, parts, run_dirs[0]) == hashes(make, encoder, [], run_dirs[1])
 
 
 def test_epochs_and_seeds_differ_and_repeat(encoder: Encoder) -> None:
