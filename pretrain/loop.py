@@ -26,6 +26,7 @@ from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint
+from pretrain.checkpoint_saving import Saving
 from pretrain.config import RunConfig, dump_config
 from pretrain.control.desk import Stand
 from pretrain.control.live import Live, setting, with_live_sources
@@ -37,6 +38,8 @@ from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
+from pretrain.recovery.fault_points import reach
+from pretrain.recovery.manifest import DamagedCheckpoint, set_aside, verify
 from pretrain.selection.selection import open_selection, selection_record
 from pretrain.stages import parallel_of, settings_of
 from pretrain.step import StepResult, TrainState, build_state, train_step
@@ -113,6 +116,8 @@ class Run:
         self._seen_rejects: set[tuple[str, str, str]] = set()
         self._stop_asked = False
         self._saved_at = -1
+        self._saving: Saving | None = None
+        """The checkpoint that is being written behind the steps."""
         self.next_layout: Layout | None = None
         """What the run goes on with when `go` has ended because a stage begins that has another layout."""
 
@@ -153,13 +158,14 @@ class Run:
             if due or at == steps or self.scheduler.wants_validation:
                 self._evaluate(sinks, progress)
             if (every and at % every == 0) or at == steps:
-                self._save(progress)  # before a pause that may last for hours
+                self._save(progress, behind=self.config.checkpoint.behind)  # before a pause that may last for hours
             stop = self._between_steps(progress)
             halt = setting(self.scheduler, "stop_at", -1) == at
             if not stop and not halt and at < steps:
                 self.next_layout = self._other_layout(at)
         if stop or halt or self.next_layout is not None:
             self._save(progress)
+        self._finish_saving(progress)
         if self.next_layout is not None:
             self._tell(progress, f"stage begins at step {self.done.step} in another layout: {self.next_layout}")
             return ExitCode.RECOVERABLE
@@ -182,7 +188,12 @@ class Run:
         """Carry out what people asked, and wait while they want a pause; True when asked to stop."""
         told = False
         while True:
-            stop, asked = exchange.largest([float(self._stop_asked), float(self.live.is_asked)])
+            writing = self._saving is not None and self._saving.is_writing
+            stop, asked, writing = exchange.largest(
+                [float(self._stop_asked), float(self.live.is_asked), float(writing)]
+            )
+            if not writing:
+                self._finish_saving(progress)
             if asked:
                 self._obey(progress)
             paused = setting(self.scheduler, "paused", False) and self.done.step < self.config.train.steps
@@ -217,7 +228,9 @@ class Run:
         """One step, and its record."""
         began = time.perf_counter()
         scale = setting(self.scheduler, "lr_scale", 1.0)
+        reach("step: before the batch")
         batch = next(self.scheduler)
+        reach("step: batch at hand")
         shape = self.scheduler.plan.shape
         stage = self.state.stage = settings_of(self.config, shape.at(batch.step))
         every = self.config.metrics.dynamics.every
@@ -232,6 +245,7 @@ class Run:
         else:
             result = self.selection.step(self.state, microbatches, lr, batch.step)
         losses, tokens = self._by_source(result)
+        reach("step: after the update")
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
         if self.scheduler.is_time_to_look:
             self.scheduler.grow(exchange.from_first_rank(self.scheduler.new_files, self.ranks.rank))
@@ -272,6 +286,7 @@ class Run:
             sink.write(record)
         if self.ranks.rank == 0:
             progress.update(record)
+        reach("step: recorded")
         if result.skipped:
             self._tell(progress, f"step {batch.step}: gradient not finite (loss {result.loss}); update skipped")
 
@@ -328,15 +343,25 @@ class Run:
 
     # -- saving and resuming -------------------------------------------------------------------------------------
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, *, behind: bool = False) -> None:
         if self.done.step in (0, self._saved_at):
             return  # an optimizer that has made no step has no state to go on from; or a person asked for it just now
+        self._finish_saving(progress)
         self._saved_at = self.done.step
-        data_state = self._whole_data_state()
-        path = self.checkpoints.save(self.state, data_state, self.done, self.config.checkpoint.keep_last)
-        event = {"path": str(path.relative_to(self.run_dir)), "tokens": self.done.tokens}
-        self.scheduler.journal.append("checkpoint", self.done.step, event, "system")
-        self._tell(progress, f"checkpoint at step {self.done.step}: {path}")
+        self._saving = self.checkpoints.begin(self.state, self._whole_data_state(), self.done, behind=behind)
+        if not behind:
+            self._finish_saving(progress)
+
+    def _finish_saving(self, progress: Progress) -> None:
+        """Wait for the checkpoint that is being written, if there is one; every rank calls this at the same time."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        path = self.checkpoints.end(saving, self.config.checkpoint)
+        event = {"path": str(path.relative_to(self.run_dir)), "tokens": saving.tokens}
+        self.scheduler.journal.append("checkpoint", saving.step, event, "system")
+        reach("checkpoint: journaled")
+        self._tell(progress, f"checkpoint at step {saving.step}: {path}")
 
     def _whole_data_state(self) -> dict[str, Any]:
         """The scheduler's state with every rank's lanes."""
@@ -351,7 +376,7 @@ class Run:
 
     def _resume(self) -> bool:
         """Load the newest checkpoint, if there is one."""
-        latest = exchange.first_rank_first(self.checkpoints.latest, self.ranks.rank)
+        latest = self._newest_whole()
         if latest is None:
             exchange.only_first_rank(lambda: Snapshots(self.run_dir).drop_after(0), self.ranks.rank)
             return False
@@ -362,8 +387,23 @@ class Run:
             return False
         self.scheduler.load_state_dict(data_state)
         self._saved_at = self.done.step
+        reach("run: resumed")
         self._say(f"resuming {self.run_dir} at step {self.done.step} from {latest}")
         return True
+
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint whose files are what was written; damaged ones are set aside."""
+        while True:
+            latest = exchange.from_first_rank(self.checkpoints.latest, self.ranks.rank)
+            if latest is None or not self.config.checkpoint.verify:
+                return latest
+            try:
+                exchange.agree(lambda latest=latest: verify(latest, self.ranks.rank, self.ranks.world_size))  # type: ignore[misc]
+            except DamagedCheckpoint as damage:
+                aside = exchange.from_first_rank(lambda latest=latest: set_aside(latest), self.ranks.rank)  # type: ignore[misc]
+                self._say(f"{damage}; it was moved to {aside.name}, and the run goes on from the checkpoint before it")
+            else:
+                return latest
 
     # -- the run folder ------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.multi_token import AheadLabels, labels_ahead
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, loss_scale, update
+from pretrain.recovery.fault_points import reach
 from pretrain.rope import rope_scaling
 from pretrain.stages import StageSettings, first_settings
 from pretrain.trainable import check_trainable, frozen
@@ -134,6 +135,7 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         )
     with measurement or nullcontext():
         report = _run(state, microbatches, forward_only=False, measurement=measurement)
+        reach("step: before the update")
         still = frozen(state.stored, state.optimizer, state.stage.trainable)
         grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still, measurement)
     loss_sums, tokens, _, *heads = report

@@ -19,6 +19,7 @@ from pretrain import checkpoint
 from pretrain.config import RunConfig, validate_config
 from pretrain.loop import train
 from pretrain.metrics import read_records
+from pretrain.recovery import fault_points
 
 STEPS = 12
 Make = Callable[..., RunConfig]
@@ -138,57 +139,23 @@ def test_kill_9_at_a_random_moment_changes_nothing(
     assert curve(config) == uninterrupted, log.read_text()
 
 
-def dying_at(point: str) -> Callable[[], None]:
-    """Arranges, in this process, a SIGKILL at a named moment of the second save."""
-    saves = 0
-
-    def hook(name: str) -> None:
-        nonlocal saves
-        if name == "prepare":
-            saves += 1
-        if saves == 2 and name == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def install() -> None:
-        originals = {
-            "prepare": (checkpoint.Checkpoints, "_prepare"),
-            "write": (checkpoint, "_write"),
-            "finish": (checkpoint, "_finish"),
-            "retire": (checkpoint.Checkpoints, "_retire"),
-            "state": (checkpoint, "save_state"),
-            "sync": (checkpoint, "_sync"),
-        }
-        for name, (owner, attribute) in originals.items():
-            original = getattr(owner, attribute)
-
-            def wrapped(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
-                hook(name)
-                result = original(*args, **kwargs)
-                hook(f"after {name}")
-                return result
-
-            setattr(owner, attribute, wrapped)
-
-    return install
-
-
-@pytest.mark.parametrize(
-    "point", ["prepare", "after prepare", "after write", "state", "after state", "sync", "after finish", "retire"]
-)
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "at once"])
+@pytest.mark.parametrize("point", [point for point in fault_points.POINTS if point.startswith("checkpoint")])
 def test_a_kill_in_the_middle_of_a_save_never_loses_the_one_before(
-    run_config: Make, uninterrupted: list[dict[str, Any]], point: str
+    run_config: Make, uninterrupted: list[dict[str, Any]], point: str, behind: bool
 ) -> None:
-    config = run_config("run")
+    config = run_config("run", checkpoint__behind=behind)
 
     def die() -> int:
-        dying_at(point)()
+        fault_points.ask(f"{point}=kill,hit2")
         return train(config)
 
     log = Path(config.run.dir).with_suffix(".log")
     assert child_process.run(die, log) == -signal.SIGKILL, log.read_text()
     steps = checkpoint.Checkpoints(config.run.dir).steps()
     assert steps in ([4], [4, 8])
-    assert (8 in steps) == (point in ("after finish", "retire"))
+    named = ("checkpoint: has its name", "checkpoint: older removed", "checkpoint: journaled")
+    assert (8 in steps) == (point in named)
     run_to_end(config)
     assert f"resuming {config.run.dir} at step {steps[-1]}" in log.read_text()
     assert curve(config) == uninterrupted
@@ -236,18 +203,10 @@ def test_resuming_on_another_layout_continues_the_same_run(
     half = run_config(name, train__steps=STEPS, checkpoint__every=6)
 
     def first_half() -> int:
-        dying_at("never")()
-        original = checkpoint.Checkpoints.save
-
-        def save_and_die(self: checkpoint.Checkpoints, *args: Any) -> Path:
-            path = original(self, *args)
-            os._exit(0)
-            return path
-
-        checkpoint.Checkpoints.save = save_and_die  # type: ignore[method-assign, assignment]
+        fault_points.ask("checkpoint: journaled=kill")
         return train(half)
 
-    assert child_process.run(first_half, Path(half.run.dir).with_suffix(".log")) == 0
+    assert child_process.run(first_half, Path(half.run.dir).with_suffix(".log")) == -signal.SIGKILL
     config = run_config(name, **changes)
     assert run_ranks(world_size, go, config) == [0] * world_size
     for record, expected in zip(curve(config), uninterrupted, strict=True):
