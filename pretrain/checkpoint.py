@@ -173,6 +173,8 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     restore_optimizer(state, optimizer)
     if "noise_scale" in meta:  # older checkpoints have none
         state.noise_scale.load(meta["noise_scale"])
+    if state.guard is not None and "loss_guard" in meta:
+        state.guard.load(meta["loss_guard"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     # Fields of a layout that came after the checkpoint have their defaults there.
     same_layout = asdict(Layout(1)) | meta["layout"] == asdict(state.layout)
@@ -281,6 +283,7 @@ def _meta(state: TrainState, progress: Progress) -> dict[str, Any]:
             "rope_scaling": scaling and scaling.model_dump(),
         },
         "noise_scale": state.noise_scale.state(),
+        **({} if state.guard is None else {"loss_guard": state.guard.state()}),
         "config": state.config.model_dump(mode="json"),
     }
 

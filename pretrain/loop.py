@@ -6,6 +6,7 @@ The run folder holds all there is:
 """
 
 import gc
+import math
 import signal
 import sys
 import time
@@ -39,7 +40,11 @@ from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
+from pretrain.recovery.loss_guard import LossGuard
 from pretrain.recovery.manifest import DamagedCheckpoint, set_aside, verify
+from pretrain.recovery.replicas import check_replicas
+from pretrain.recovery.rollback import after_step
+from pretrain.recovery.watchdog import Watchdog
 from pretrain.selection.selection import open_selection, selection_record
 from pretrain.stages import parallel_of, settings_of
 from pretrain.step import StepResult, TrainState, build_state, train_step
@@ -85,9 +90,9 @@ def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_group
     while True:
         run = Run(config, layout, ranks)
         code = run.go()
-        if run.next_layout is None:
+        if run.next_layout is None and not run.goes_back:
             return code
-        config, layout = run.config, run.next_layout
+        config, layout = run.config, run.next_layout or layout
         del run  # the model of the old layout, and all that uses its groups
         gc.collect()
         ranks = process_groups.rearrange(layout, config.train.seed)
@@ -111,6 +116,11 @@ class Run:
         check_vocabulary(vocab_size, tokens)
         self.held_out = self._read_held_out()
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
+        guard = config.recovery.loss_guard
+        if guard.policy != "off":
+            journal = self.scheduler.journal
+            events = [*journal.of("rollback"), *journal.of("anomaly")]
+            self.state.guard = LossGuard(guard, events, config.train.precision)
         self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
         self._seen_rejects: set[tuple[str, str, str]] = set()
@@ -120,6 +130,8 @@ class Run:
         """The checkpoint that is being written behind the steps."""
         self.next_layout: Layout | None = None
         """What the run goes on with when `go` has ended because a stage begins that has another layout."""
+        self.goes_back = False
+        """`go` has ended because the loss guard wants the run to go on from its newest checkpoint."""
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -133,6 +145,7 @@ class Run:
         exchange.only_first_rank(self._write_config, self.ranks.rank)
         sinks = self._open_sinks()
         with (
+            self._watchdog() as self.watchdog,
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
             _stopping_on_signals(self._ask_to_stop),
             Progress(steps, first, self._shows_progress(), given=self._tokens_before) as progress,
@@ -154,6 +167,8 @@ class Run:
         while self.done.step < steps and not stop and not halt and self.next_layout is None:
             self._step(sinks, progress)
             at = self.done.step
+            if self.goes_back:
+                break
             due = self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every))
             if due or at == steps or self.scheduler.wants_validation:
                 self._evaluate(sinks, progress)
@@ -166,6 +181,8 @@ class Run:
         if stop or halt or self.next_layout is not None:
             self._save(progress)
         self._finish_saving(progress)
+        if self.goes_back:
+            return ExitCode.RECOVERABLE
         if self.next_layout is not None:
             self._tell(progress, f"stage begins at step {self.done.step} in another layout: {self.next_layout}")
             return ExitCode.RECOVERABLE
@@ -202,6 +219,7 @@ class Run:
             if not told:
                 self._tell(progress, f"paused before step {self.done.step}; `headrace ctl RUN resume` goes on")
                 told = True
+            self.watchdog.beat(f"paused before step {self.done.step}")
             self.live.wait()
 
     def _obey(self, progress: Progress) -> None:
@@ -228,6 +246,7 @@ class Run:
         """One step, and its record."""
         began = time.perf_counter()
         scale = setting(self.scheduler, "lr_scale", 1.0)
+        self.watchdog.beat(f"step {self.done.step}")
         reach("step: before the batch")
         batch = next(self.scheduler)
         reach("step: batch at hand")
@@ -240,6 +259,9 @@ class Run:
             batch.tokens, batch.starts, batch.source_ids, size, batch.weights, batch.prefix_lengths
         )
         lr = learning_rate(self.config, shape, batch.step) * stage.lr_scale * scale
+        if self.state.guard is not None:
+            self.state.guard.begin(batch.step)
+            lr *= self.state.guard.lr_scale(batch.step)
         if self.selection is None:
             result = train_step(self.state, microbatches, lr)
         else:
@@ -287,8 +309,28 @@ class Run:
         if self.ranks.rank == 0:
             progress.update(record)
         reach("step: recorded")
-        if result.skipped:
+        if result.skipped and not math.isfinite(result.grad_norm):
             self._tell(progress, f"step {batch.step}: gradient not finite (loss {result.loss}); update skipped")
+        self._check_health(batch.step, progress)
+
+    def _check_health(self, step: int, progress: Progress) -> None:
+        """Look at what the loss guard found in the step, and at the other replicas' weights."""
+        recovery, guard = self.config.recovery, self.state.guard
+        if guard is not None:
+
+            def newest() -> int:
+                self._finish_saving(progress)
+                steps = exchange.from_first_rank(self.checkpoints.steps, self.ranks.rank)
+                return steps[-1] if steps else 0
+
+            def tell(text: str) -> None:
+                self._tell(progress, text)
+
+            policy = recovery.loss_guard.policy
+            self.goes_back = after_step(guard, policy, step, newest, self.scheduler.journal, tell)
+        if self._due(recovery.replicas_every):
+            weights = [p for chunk in self.state.chunks for p in chunk.parameters() if getattr(p, "allreduce", True)]
+            check_replicas(weights, step, self.ranks.rank)
 
     def _by_source(self, result: StepResult) -> tuple[dict[str, float], dict[str, int]]:
         """(mean loss, tokens) of each source that had tokens in the step."""
@@ -332,6 +374,7 @@ class Run:
         return held_out
 
     def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
+        self.watchdog.beat(f"evaluation after {self.done.step} steps")
         losses = self.held_out.losses(self.state)
         if losses:
             self.scheduler.validated(losses)
@@ -348,6 +391,7 @@ class Run:
             return  # an optimizer that has made no step has no state to go on from; or a person asked for it just now
         self._finish_saving(progress)
         self._saved_at = self.done.step
+        self.watchdog.beat(f"checkpoint of step {self.done.step}")
         self._saving = self.checkpoints.begin(self.state, self._whole_data_state(), self.done, behind=behind)
         if not behind:
             self._finish_saving(progress)
@@ -357,6 +401,7 @@ class Run:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
+        self.watchdog.beat(f"end of the checkpoint of step {saving.step}")
         path = self.checkpoints.end(saving, self.config.checkpoint)
         event = {"path": str(path.relative_to(self.run_dir)), "tokens": saving.tokens}
         self.scheduler.journal.append("checkpoint", saving.step, event, "system")
@@ -459,6 +504,13 @@ class Run:
         for reject in new:
             counts[reject.source] = counts.get(reject.source, 0) + 1
         self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
+
+    def _watchdog(self) -> Watchdog:
+        def position() -> str:
+            return f"next step {self.scheduler.next_step}, {self.scheduler.names}"
+
+        log, rank = self.run_dir / "log", self.ranks.rank
+        return Watchdog(self.config.recovery.watchdog_s, log, rank, {"data loader": position})
 
     def _shows_progress(self) -> bool:
         return self.config.metrics.progress and self.ranks.rank == 0
