@@ -48,7 +48,6 @@ class Saving:
         self._partial, self.rank = partial, rank
         self.data_state, self._meta = copy.deepcopy(dict(data_state)), dict(meta)
         self._write: BackgroundWrite | None = None
-        reach("checkpoint: begun")
         self._together(lambda: self._begin(sharded_state, behind))
         reach("checkpoint: state copied")
 
@@ -81,6 +80,7 @@ class Saving:
             self._write.abandon()
 
     def _begin(self, sharded_state: Callable[[], dict[str, Any]], behind: bool) -> None:
+        reach("checkpoint: begun")
         self._write = BackgroundWrite(sharded_state(), self._partial, behind=behind)
         rng = self._partial / "rng" / f"rank-{self.rank:05d}.pt"
         rng.parent.mkdir(exist_ok=True)  # only now: megatron wants an empty folder
