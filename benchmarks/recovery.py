@@ -11,6 +11,7 @@ time back   from the SIGKILL of a run under `headrace launch local` to its first
 """
 
 import argparse
+import itertools
 import shutil
 import statistics
 import subprocess
@@ -24,7 +25,6 @@ from loading.result import circumstances, result_options, versions, write_result
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "recovery.json"
 PAIRS = 3
-QUICKSTART = ["data.num_workers=0"]
 
 
 def main() -> None:
@@ -70,8 +70,8 @@ def speed(work: Path, overrides: list[str]) -> dict[str, float]:
     run = work / "run"
     shutil.rmtree(run, ignore_errors=True)
     config = str(ROOT / "recipes" / "quickstart.yaml")
-    command = [sys.executable, "-m", "pretrain", "train", config, f"run.dir={run}", "train.steps=121", "train.eval_every=0",
-               "metrics.progress=false", *overrides]  # fmt: skip
+    overrides = [f"run.dir={run}", "train.steps=121", "train.eval_every=0", "metrics.progress=false", *overrides]
+    command = [sys.executable, "-m", "pretrain", "train", config, *overrides]
     process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     times: list[float] = []
     metrics = run / "metrics.jsonl"
@@ -81,7 +81,7 @@ def speed(work: Path, overrides: list[str]) -> dict[str, float]:
         time.sleep(0.002)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     usual = statistics.median(gaps[20:120])
     # A save after step k is in the gap before record k: k = 40, 60, 80, 100 (the first one is left out).
     held_up = [gaps[step - 1] - usual for step in (40, 60, 80, 100)]
@@ -97,14 +97,19 @@ def time_back(work: Path, steps: int) -> dict[str, float]:
     run = work / "run"
     shutil.rmtree(run, ignore_errors=True)
     config = str(ROOT / "recipes" / "quickstart.yaml")
-    command = [sys.executable, "-m", "launch", "local", config, "--nproc", "1", f"run.dir={run}", "train.steps=1000",
-               "checkpoint.every=10", "train.eval_every=0", "train.eval_sequences=0", "metrics.progress=false"]  # fmt: skip
+    overrides = [
+        f"run.dir={run}",
+        "train.steps=1000",
+        "checkpoint.every=10",
+        "train.eval_every=0",
+        "train.eval_sequences=0",
+    ]
+    command = [str(Path(sys.executable).with_name("headrace")), "launch", "local", config, "--nproc", "1", *overrides]
     process = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = run / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b'"loss"') < steps:
         time.sleep(0.005)
     (child,) = (int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split())
-    before = metrics.read_bytes().count(b'"loss"')
     subprocess.run(["kill", "-9", str(child)], check=True)
     at = {"killed": time.perf_counter()}
     assert process.stderr is not None
@@ -114,16 +119,14 @@ def time_back(work: Path, steps: int) -> dict[str, float]:
             at["pause"] = at["noticed"] + 1.0
         if line.startswith("resuming"):
             at["resumed"] = time.perf_counter()
+        if line.startswith("step") and "resumed" in at:  # the first step's line
+            at["step"] = time.perf_counter()
             break
-    size = metrics.stat().st_size
-    while metrics.stat().st_size <= size and metrics.read_bytes().count(b'"loss"') <= before - 20:
-        time.sleep(0.002)
-    at["step"] = time.perf_counter()
     process.terminate()
     process.wait()
     importing = importing_s()
     return {
-        "steps_before": before,
+        "steps_before": steps,
         "noticed_s": round(at["noticed"] - at["killed"], 2),
         "pause_s": 1.0,
         "import_s": round(importing, 2),
