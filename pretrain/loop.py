@@ -41,7 +41,7 @@ from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
 from pretrain.recovery.loss_guard import LossGuard
-from pretrain.recovery.manifest import DamagedCheckpoint, set_aside, verify
+from pretrain.recovery.newest import newest_whole
 from pretrain.recovery.replicas import check_replicas
 from pretrain.recovery.rollback import after_step
 from pretrain.recovery.watchdog import Watchdog
@@ -421,7 +421,10 @@ class Run:
 
     def _resume(self) -> bool:
         """Load the newest checkpoint, if there is one."""
-        latest = self._newest_whole()
+        if self.config.checkpoint.verify:
+            latest = newest_whole(self.checkpoints, self.ranks, self._say)
+        else:
+            latest = exchange.from_first_rank(self.checkpoints.latest, self.ranks.rank)
         if latest is None:
             exchange.only_first_rank(lambda: Snapshots(self.run_dir).drop_after(0), self.ranks.rank)
             return False
@@ -435,20 +438,6 @@ class Run:
         reach("run: resumed")
         self._say(f"resuming {self.run_dir} at step {self.done.step} from {latest}")
         return True
-
-    def _newest_whole(self) -> Path | None:
-        """The newest checkpoint whose files are what was written; damaged ones are set aside."""
-        while True:
-            latest = exchange.from_first_rank(self.checkpoints.latest, self.ranks.rank)
-            if latest is None or not self.config.checkpoint.verify:
-                return latest
-            try:
-                exchange.agree(lambda latest=latest: verify(latest, self.ranks.rank, self.ranks.world_size))  # type: ignore[misc]
-            except DamagedCheckpoint as damage:
-                aside = exchange.from_first_rank(lambda latest=latest: set_aside(latest), self.ranks.rank)  # type: ignore[misc]
-                self._say(f"{damage}; it was moved to {aside.name}, and the run goes on from the checkpoint before it")
-            else:
-                return latest
 
     # -- the run folder ------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """What keeps a run going, and its checkpoints whole.
 
     manifest.py      checksums in every checkpoint: a torn or changed one is not used
+    newest.py        the newest checkpoint that is whole
     retention.py     which checkpoints stay
-    second_place.py  a copy of each checkpoint in shared or object storage, made behind the run's back
     watchdog.py      a run that hangs says where, and ends with exit code 5
     loss_guard.py    a loss that is not finite or jumps: warn, skip the step, or go back and try again
     replicas.py      ranks that should hold the same weights, compared

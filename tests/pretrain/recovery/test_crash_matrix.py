@@ -112,6 +112,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     text = log_of(config).read_text()
     assert "it was moved to step-00000008.damaged, and the run goes on from the checkpoint before it" in text
     assert "at step 4 from" in text
+    for step in checkpoint.Checkpoints(config.run.dir).steps():  # all of them: to begin anew would lose the run
+        (checkpoint.Checkpoints(config.run.dir).path(step) / "meta.json").write_text("{}")
+    assert failing(run_config("run", train__steps=20), "") == ExitCode.USER_ERROR
+    assert "there is no older one: restore it from a copy" in log_of(config).read_text()
     case(f"checkpoint with {damage}", "one line; set aside, resumed from the checkpoint before it: the same curve")
 
 
