@@ -45,6 +45,7 @@ Kind = Literal[
     "capped",
     "reject",
     "checkpoint",
+    "anomaly",
     "rollback",
     "control_refused",
     "run_finished",

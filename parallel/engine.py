@@ -44,6 +44,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -84,6 +85,7 @@ __all__ = [
     "DistributedDataParallelConfig",
     "DynamicGradScaler",
     "FP32Optimizer",
+    "FileSystemWriterAsync",
     "Float16Module",
     "Float16OptimizerWithFloat16Params",
     "GPTModel",
@@ -116,6 +118,7 @@ __all__ = [
     "make_sharded_optimizer_tensor",
     "nested_values",
     "parallel_state",
+    "results_queue",
     "tensor_parallel",
     "uses_own_adam",
 ]
@@ -139,4 +142,5 @@ _moe_utils.te_general_gemm = getattr(_moe_utils, "te_general_gemm", None)
 
 # Results of a save travel through this queue within one process. megatron's own is a Manager's in a spawned process,
 # which imports the whole program again: 3 s on the first save, and a hang where the program has no __main__ guard.
-_filesystem_async._results_queue = queue.Queue()
+results_queue: "queue.Queue[object]" = queue.Queue()
+_filesystem_async._results_queue = results_queue

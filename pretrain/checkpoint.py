@@ -12,7 +12,6 @@ another format holds weights only (`"weights_only": true` in meta.json, no optim
 training starts from it with a fresh optimizer and the first data.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -24,24 +23,25 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from data_scheduler.state import Snapshots, load_state, save_state
+from data_scheduler.state import Snapshots, load_state
 from headrace.errors import CheckpointError
 from headrace.version import __version__
 from parallel import accelerator, exchange
 from parallel.engine import dist_checkpointing, parallel_state
 from parallel.layout import Layout
 from parallel.whole_parameter_optimizer import WholeParameterOptimizer
+from pretrain.checkpoint_saving import Saving, first_line
 from pretrain.complete_checkpoints import complete_steps
-from pretrain.config import ModelConfig
+from pretrain.config import CheckpointConfig, ModelConfig
 from pretrain.config.rope import RopeScalingConfig
 from pretrain.data_parallel import gather_weights
 from pretrain.models.sizes import head_size
 from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
+from pretrain.recovery.fault_points import reach
+from pretrain.recovery.retention import doomed, size_of
 from pretrain.step import TrainState
 from pretrain.stored_optimizer import restore_optimizer, stored_optimizer
 
-FULL_BYTES = 1 << 20
-"""A disk with less free space than this is called full."""
 SHARDING: dict[str, Any] = {
     "singleton_local_shards": False,
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -79,34 +79,60 @@ class Checkpoints:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def save(self, state: TrainState, data_state: Mapping[str, Any], progress: Progress, keep_last: int) -> Path:
-        """Write a checkpoint on all ranks together; it exists from the moment its folder is renamed.
+    def begin(self, state: TrainState, data_state: Mapping[str, Any], progress: Progress, *, behind: bool) -> Saving:
+        """Begin a checkpoint on all ranks together; with `behind` its files are written while training goes on.
 
-        `data_state` holds all lanes. Raises CheckpointError on every rank when any could not write; checkpoints that
-        were complete stay.
+        `data_state` holds all lanes. Raises CheckpointError on every rank when any cannot write.
         """
         final = self.path(progress.step)
-        partial = final.with_name(final.name + ".partial")
-        exchange.only_first_rank(lambda: self._prepare(partial), state.ranks.rank)
         try:
-            exchange.agree(lambda: _write(partial, state))
-            exchange.only_first_rank(lambda: _finish(partial, final, state, data_state, progress), state.ranks.rank)
+            partial = exchange.from_first_rank(lambda: self._prepare(final), state.ranks.rank)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint of step {progress.step} not written: {_reason(error, partial)}"
+                f"checkpoint of step {progress.step} not written: {error.strerror} ({error.filename})"
             ) from None
-        exchange.only_first_rank(lambda: self._retire(keep_last, data_state), state.ranks.rank)
-        return final
+        meta = _meta(state, progress)
+        rank = state.ranks.rank
+        return Saving(partial, final, lambda: sharded_state(state), data_state, meta, rank, behind=behind)
 
-    def _prepare(self, partial: Path) -> None:
+    def end(self, saving: Saving, config: CheckpointConfig | None = None) -> Path:
+        """Finish a checkpoint on all ranks together, and remove those that by `config` need not stay; its path.
+
+        It exists from the moment its folder is renamed. Raises CheckpointError on every rank when any could not write;
+        checkpoints that were complete stay.
+        """
+        path = saving.finish()
+        exchange.only_first_rank(lambda: self._retire(config, saving), saving.rank)
+        reach("checkpoint: older removed")
+        return path
+
+    def save(
+        self,
+        state: TrainState,
+        data_state: Mapping[str, Any],
+        progress: Progress,
+        config: CheckpointConfig | None = None,
+    ) -> Path:
+        """Write a checkpoint now: `begin` and `end`."""
+        return self.end(self.begin(state, data_state, progress, behind=False), config)
+
+    def _prepare(self, final: Path) -> Path:
         for leftover in self.folder.glob("*.partial"):
             shutil.rmtree(leftover)
+        # A name of its own: should a writer of a run that was killed still live, it finds its folder gone.
+        partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
+        return partial
 
-    def _retire(self, keep_last: int, data_state: Mapping[str, Any]) -> None:
-        Snapshots(self.run_dir).save(data_state)
-        for step in self.steps()[:-keep_last] if keep_last else []:
-            shutil.rmtree(self.path(step))
+    def _retire(self, config: CheckpointConfig | None, saving: Saving) -> None:
+        Snapshots(self.run_dir).save(saving.data_state)
+        if config is None:
+            return
+        steps = self.steps()
+        sizes = {step: size_of(self.path(step)) for step in steps} if config.max_total_gb else {}
+        for step in doomed(steps, config.keep_last, config.keep_every, config.max_total_gb, sizes):
+            if step != saving.step:  # an older one may bear a higher number when a run was resumed before it
+                shutil.rmtree(self.path(step))
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -147,6 +173,8 @@ def load(path: Path, state: TrainState) -> tuple[Progress, dict[str, Any] | None
     restore_optimizer(state, optimizer)
     if "noise_scale" in meta:  # older checkpoints have none
         state.noise_scale.load(meta["noise_scale"])
+    if state.guard is not None and "loss_guard" in meta:
+        state.guard.load(meta["loss_guard"])
     rng = path / "rng" / f"rank-{state.ranks.rank:05d}.pt"
     # Fields of a layout that came after the checkpoint have their defaults there.
     same_layout = asdict(Layout(1)) | meta["layout"] == asdict(state.layout)
@@ -176,7 +204,7 @@ def _reading(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return read()
     except (Exception, CheckpointException) as error:
         # megatron and torch raise a dozen kinds here; all mean that the files are not what meta.json says.
-        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+        raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def check_model(path: Path, meta: Mapping[str, Any], state: TrainState) -> None:
@@ -247,6 +275,25 @@ def _identity(state: TrainState) -> dict[str, Any]:
     return model_identity(state.config.model, state.chunks[0].vocab_size, state.config.train.precision)
 
 
+def _meta(state: TrainState, progress: Progress) -> dict[str, Any]:
+    scaling = state.stage.rope_scaling
+    return {
+        "version": __version__,
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "layout": asdict(state.layout),
+        "model": _identity(state),
+        "optimizer": _optimizer_identity(state),
+        "stage": {
+            **{key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
+            "rope_scaling": scaling and scaling.model_dump(),
+        },
+        "noise_scale": state.noise_scale.state(),
+        **({} if state.guard is None else {"loss_guard": state.guard.state()}),
+        "config": state.config.model_dump(mode="json"),
+    }
+
+
 def sharded_state(state: TrainState, loading: bool = False) -> dict[str, Any]:
     """Weights and optimizer state as megatron's sharded state dict."""
     sharded = sharded_weights(state)
@@ -270,74 +317,8 @@ def _chunk_key(state: TrainState, number: int) -> str:
     return "model" if len(state.chunks) == 1 else f"model{number}"
 
 
-def _write(partial: Path, state: TrainState) -> None:
-    try:
-        dist_checkpointing.save(sharded_state(state), str(partial))
-        rng = partial / "rng" / f"rank-{state.ranks.rank:05d}.pt"
-        rng.parent.mkdir(exist_ok=True)  # only now: megatron wants an empty folder
-        torch.save(accelerator.rng_state(), rng)
-    except OSError:
-        raise
-    except (Exception, CheckpointException) as error:
-        # A full disk reaches us from megatron's writer processes as the text of some other exception.
-        raise OSError(errno.EIO, f"{type(error).__name__}: {_first_line(error)}") from error
-
-
-def _finish(partial: Path, final: Path, state: TrainState, data_state: Mapping[str, Any], progress: Progress) -> None:
-    save_state(partial / "data_state.npz", data_state)
-    scaling = state.stage.rope_scaling
-    meta = {
-        "version": __version__,
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "layout": asdict(state.layout),
-        "model": _identity(state),
-        "optimizer": _optimizer_identity(state),
-        "stage": {
-            **{key: getattr(state.stage, key) for key in ("number", "seq_len", "rope_base")},
-            "rope_scaling": scaling and scaling.model_dump(),
-        },
-        "noise_scale": state.noise_scale.state(),
-        "config": state.config.model_dump(mode="json"),
-    }
-    publish(partial, final, meta)
-
-
-def publish(partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
-    """Make `partial`, which has everything else, the complete checkpoint `final`: meta.json, all on disk, the name."""
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2))
-    for path in partial.rglob("*"):
-        _sync(path)
-    _sync(partial)
-    if final.exists():  # saved before by a run that was resumed from an earlier checkpoint
-        final.rename(final.with_name(final.name + ".old.partial"))  # the next save removes it
-    partial.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _reason(error: OSError, partial: Path) -> str:
-    free = shutil.disk_usage(partial.parent if partial.parent.exists() else ".").free
-    # torch's writer reports a full disk as a failed assertion about file positions.
-    what = os.strerror(errno.ENOSPC) if free < FULL_BYTES else error.strerror or error
-    return f"{what} ({error.filename or partial}; {free / 1e6:.0f} MB free there)"
-
-
 def _damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: cannot be loaded ({why.rstrip(': ')}); if its files are damaged, move the folder of this step away: "
         "the run then goes on from the checkpoint before it"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # its text is a traceback for every rank; the cause is enough
-        error = next(iter(error.failures.values()))[0]
-    return next(iter(str(error).strip().splitlines()), "")[:200]

@@ -6,6 +6,7 @@ The run folder holds all there is:
 """
 
 import gc
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint
+from pretrain.checkpoint_saving import Saving
 from pretrain.config import RunConfig, dump_config
 from pretrain.control.desk import Stand
 from pretrain.control.live import Live, setting, with_live_sources
@@ -32,6 +34,12 @@ from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
+from pretrain.recovery.fault_points import reach
+from pretrain.recovery.loss_guard import LossGuard
+from pretrain.recovery.newest import newest_whole
+from pretrain.recovery.replicas import check_replicas
+from pretrain.recovery.rollback import after_step
+from pretrain.recovery.watchdog import Watchdog
 from pretrain.rejects import Rejects
 from pretrain.selection.selection import open_selection
 from pretrain.stages import parallel_of, settings_of
@@ -78,9 +86,9 @@ def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_group
     while True:
         run = Run(config, layout, ranks)
         code = run.go()
-        if run.next_layout is None:
+        if run.next_layout is None and not run.goes_back:
             return code
-        config, layout = run.config, run.next_layout
+        config, layout = run.config, run.next_layout or layout
         del run  # the model of the old layout, and all that uses its groups
         gc.collect()
         ranks = process_groups.rearrange(layout, config.train.seed)
@@ -105,12 +113,21 @@ class Run:
         check_vocabulary(vocab_size, tokens)
         self.held_out = self._read_held_out()
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
+        guard = config.recovery.loss_guard
+        if guard.policy != "off":
+            journal = self.scheduler.journal
+            events = [*journal.of("rollback"), *journal.of("anomaly")]
+            self.state.guard = LossGuard(guard, events, config.train.precision)
         self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
         self._stop_asked = False
         self._saved_at = -1
+        self._saving: Saving | None = None
+        """The checkpoint that is being written behind the steps."""
         self.next_layout: Layout | None = None
         """What the run goes on with when `go` has ended because a stage begins that has another layout."""
+        self.goes_back = False
+        """`go` has ended because the loss guard wants the run to go on from its newest checkpoint."""
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -124,6 +141,7 @@ class Run:
         exchange.only_first_rank(self._write_config, self.ranks.rank)
         sinks = self._open_sinks()
         with (
+            self._watchdog() as self.watchdog,
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
             stopping_on_signals(self._ask_to_stop),
             Progress(steps, first, self._shows_progress(), given=self._tokens_before) as progress,
@@ -145,17 +163,22 @@ class Run:
         while self.done.step < steps and not stop and not halt and self.next_layout is None:
             self._step(sinks, progress)
             at = self.done.step
+            if self.goes_back:
+                break
             due = self._due(setting(self.scheduler, "eval_every", self.config.train.eval_every))
             if due or at == steps or self.scheduler.wants_validation:
                 self._evaluate(sinks, progress)
             if (every and at % every == 0) or at == steps:
-                self._save(progress)  # before a pause that may last for hours
+                self._save(progress, behind=self.config.checkpoint.behind)  # before a pause that may last for hours
             stop = self._between_steps(progress)
             halt = setting(self.scheduler, "stop_at", -1) == at
             if not stop and not halt and at < steps:
                 self.next_layout = self._other_layout(at)
         if stop or halt or self.next_layout is not None:
             self._save(progress)
+        self._finish_saving(progress)
+        if self.goes_back:
+            return ExitCode.RECOVERABLE
         if self.next_layout is not None:
             self._tell(progress, f"stage begins at step {self.done.step} in another layout: {self.next_layout}")
             return ExitCode.RECOVERABLE
@@ -178,7 +201,12 @@ class Run:
         """Carry out what people asked, and wait while they want a pause; True when asked to stop."""
         told = False
         while True:
-            stop, asked = exchange.largest([float(self._stop_asked), float(self.live.is_asked)])
+            writing = self._saving is not None and self._saving.is_writing
+            stop, asked, writing = exchange.largest(
+                [float(self._stop_asked), float(self.live.is_asked), float(writing)]
+            )
+            if not writing:
+                self._finish_saving(progress)
             if asked:
                 self._obey(progress)
             paused = setting(self.scheduler, "paused", False) and self.done.step < self.config.train.steps
@@ -187,6 +215,7 @@ class Run:
             if not told:
                 self._tell(progress, f"paused before step {self.done.step}; `headrace ctl RUN resume` goes on")
                 told = True
+            self.watchdog.beat(f"paused before step {self.done.step}")
             self.live.wait()
 
     def _obey(self, progress: Progress) -> None:
@@ -213,7 +242,10 @@ class Run:
         """One step, and its record."""
         began = time.perf_counter()
         scale = setting(self.scheduler, "lr_scale", 1.0)
+        self.watchdog.beat(f"step {self.done.step}")
+        reach("step: before the batch")
         batch = next(self.scheduler)
+        reach("step: batch at hand")
         shape = self.scheduler.plan.shape
         stage = self.state.stage = settings_of(self.config, shape.at(batch.step))
         every = self.config.metrics.dynamics.every
@@ -223,11 +255,15 @@ class Run:
             batch.tokens, batch.starts, batch.source_ids, size, batch.weights, batch.prefix_lengths
         )
         lr = learning_rate(self.config, shape, batch.step) * stage.lr_scale * scale
+        if self.state.guard is not None:
+            self.state.guard.begin(batch.step)
+            lr *= self.state.guard.lr_scale(batch.step)
         if self.selection is None:
             result = train_step(self.state, microbatches, lr)
         else:
             result = self.selection.step(self.state, microbatches, lr, batch.step)
         losses, tokens = by_source(result, self.scheduler.names)
+        reach("step: after the update")
         self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
         if self.scheduler.is_time_to_look:
             self.scheduler.grow(exchange.from_first_rank(self.scheduler.new_files, self.ranks.rank))
@@ -256,8 +292,29 @@ class Run:
             sink.write(record)
         if self.ranks.rank == 0:
             progress.update(record)
-        if result.skipped:
+        reach("step: recorded")
+        if result.skipped and not math.isfinite(result.grad_norm):
             self._tell(progress, f"step {batch.step}: gradient not finite (loss {result.loss}); update skipped")
+        self._check_health(batch.step, progress)
+
+    def _check_health(self, step: int, progress: Progress) -> None:
+        """Look at what the loss guard found in the step, and at the other replicas' weights."""
+        recovery, guard = self.config.recovery, self.state.guard
+        if guard is not None:
+
+            def newest() -> int:
+                self._finish_saving(progress)
+                steps = exchange.from_first_rank(self.checkpoints.steps, self.ranks.rank)
+                return steps[-1] if steps else 0
+
+            def tell(text: str) -> None:
+                self._tell(progress, text)
+
+            policy = recovery.loss_guard.policy
+            self.goes_back = after_step(guard, policy, step, newest, self.scheduler.journal, tell)
+        if self._due(recovery.replicas_every):
+            weights = [p for chunk in self.state.chunks for p in chunk.parameters() if getattr(p, "allreduce", True)]
+            check_replicas(weights, step, self.ranks.rank)
 
     def _exhausted(self, batch: Batch) -> list[str]:
         """Sources that every lane of every rank has given `max_epochs` times."""
@@ -293,6 +350,7 @@ class Run:
         return held_out
 
     def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
+        self.watchdog.beat(f"evaluation after {self.done.step} steps")
         losses = self.held_out.losses(self.state)
         if losses:
             self.scheduler.validated(losses)
@@ -304,15 +362,27 @@ class Run:
 
     # -- saving and resuming -------------------------------------------------------------------------------------
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, *, behind: bool = False) -> None:
         if self.done.step in (0, self._saved_at):
             return  # an optimizer that has made no step has no state to go on from; or a person asked for it just now
+        self._finish_saving(progress)
         self._saved_at = self.done.step
-        data_state = self._whole_data_state()
-        path = self.checkpoints.save(self.state, data_state, self.done, self.config.checkpoint.keep_last)
-        event = {"path": str(path.relative_to(self.run_dir)), "tokens": self.done.tokens}
-        self.scheduler.journal.append("checkpoint", self.done.step, event, "system")
-        self._tell(progress, f"checkpoint at step {self.done.step}: {path}")
+        self.watchdog.beat(f"checkpoint of step {self.done.step}")
+        self._saving = self.checkpoints.begin(self.state, self._whole_data_state(), self.done, behind=behind)
+        if not behind:
+            self._finish_saving(progress)
+
+    def _finish_saving(self, progress: Progress) -> None:
+        """Wait for the checkpoint that is being written, if there is one; every rank calls this at the same time."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        self.watchdog.beat(f"end of the checkpoint of step {saving.step}")
+        path = self.checkpoints.end(saving, self.config.checkpoint)
+        event = {"path": str(path.relative_to(self.run_dir)), "tokens": saving.tokens}
+        self.scheduler.journal.append("checkpoint", saving.step, event, "system")
+        reach("checkpoint: journaled")
+        self._tell(progress, f"checkpoint at step {saving.step}: {path}")
 
     def _whole_data_state(self) -> dict[str, Any]:
         """The scheduler's state with every rank's lanes."""
@@ -327,7 +397,10 @@ class Run:
 
     def _resume(self) -> bool:
         """Load the newest checkpoint, if there is one."""
-        latest = exchange.first_rank_first(self.checkpoints.latest, self.ranks.rank)
+        if self.config.checkpoint.verify:
+            latest = newest_whole(self.checkpoints, self.ranks, self._say)
+        else:
+            latest = exchange.from_first_rank(self.checkpoints.latest, self.ranks.rank)
         if latest is None:
             exchange.only_first_rank(lambda: Snapshots(self.run_dir).drop_after(0), self.ranks.rank)
             return False
@@ -338,6 +411,7 @@ class Run:
             return False
         self.scheduler.load_state_dict(data_state)
         self._saved_at = self.done.step
+        reach("run: resumed")
         self._say(f"resuming {self.run_dir} at step {self.done.step} from {latest}")
         return True
 
@@ -384,6 +458,13 @@ class Run:
         counts = self.rejects.add(every)
         if counts:
             self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
+
+    def _watchdog(self) -> Watchdog:
+        def position() -> str:
+            return f"next step {self.scheduler.next_step}, {self.scheduler.names}"
+
+        log, rank = self.run_dir / "log", self.ranks.rank
+        return Watchdog(self.config.recovery.watchdog_s, log, rank, {"data loader": position})
 
     def _shows_progress(self) -> bool:
         return self.config.metrics.progress and self.ranks.rank == 0

@@ -2,7 +2,7 @@
 1910.02054)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,12 +128,14 @@ def update(
     lr: float,
     frozen: Sequence[torch.Tensor] = (),
     measurement: Measurement | None = None,
+    allows: Callable[[float], bool] | None = None,
 ) -> tuple[float, bool]:
     """Clip the gradients and apply them at `lr`: (gradient norm before clipping, whether the update was skipped).
     `frozen` (see `pretrain.trainable`) count in no norm and stay as they are.
 
     A gradient that is infinite or not a number would destroy the weights, so it is skipped and the weights stay as they
-    are; every rank sees the same norm and so decides the same. With fp16 the loss scale has then been halved.
+    are; every rank sees the same norm and so decides the same. With fp16 the loss scale has then been halved. `allows`
+    is asked with the norm and may refuse as well.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
@@ -144,7 +146,8 @@ def update(
     if measurement is not None:
         measurement.before_update()
     grad_norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
+    allowed = allows is None or allows(grad_norm)
+    if not allowed or not math.isfinite(grad_norm):
         return grad_norm, True
     for part in optimizer.chained_optimizers:
         parameters = [parameter for parameter in part.get_parameters() if parameter.grad is not None]

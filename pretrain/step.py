@@ -25,6 +25,8 @@ from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.multi_token import AheadLabels, labels_ahead
 from pretrain.models.sizes import head_size
 from pretrain.optimizer import build_optimizer, loss_scale, update
+from pretrain.recovery.fault_points import reach
+from pretrain.recovery.loss_guard import LossGuard
 from pretrain.rope import rope_scaling
 from pretrain.stages import StageSettings, first_settings
 from pretrain.trainable import check_trainable, frozen
@@ -49,6 +51,8 @@ class TrainState:
     """The step at hand is measured (`metrics.dynamics`)."""
     noise_scale: NoiseScale = field(default_factory=NoiseScale)
     """Moving averages over measured steps."""
+    guard: LossGuard | None = None
+    """Judges the step at hand before its update; None: nobody does."""
 
     @property
     def stored(self) -> list[Any]:
@@ -69,7 +73,7 @@ class StepResult:
     source_tokens: npt.NDArray[np.int64]
     """int64[sources]: tokens whose loss counted."""
     skipped: bool
-    """The gradient was not finite, so the weights were left alone."""
+    """The gradient was not finite, or the loss guard refused, so the weights were left alone."""
     selected: "Selected | None" = None
     """What was trained on, where `train.selection` chose among the batch."""
     loss_scale: float = 1.0
@@ -134,11 +138,14 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         )
     with measurement or nullcontext():
         report = _run(state, microbatches, forward_only=False, measurement=measurement)
+        reach("step: before the update")
         still = frozen(state.stored, state.optimizer, state.stage.trainable)
-        grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still, measurement)
+        loss = mean_loss(report[:3])
+        allows = None if state.guard is None else partial(state.guard.allows, loss)
+        grad_norm, skipped = update(state.optimizer, state.config.optimizer, lr, still, measurement, allows)
     loss_sums, tokens, _, *heads = report
     return StepResult(
-        mean_loss(report[:3]),
+        loss,
         grad_norm,
         loss_sums,
         tokens,

@@ -11,6 +11,7 @@ from data_scheduler.stage_config import Stage, with_stages
 from pretrain.config.learning_rate import LearningRateConfig, LearningRateSegment, check_schedule
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
+from pretrain.config.recovery import RecoveryConfig
 from pretrain.config.rope import RopeScalingConfig
 from pretrain.config.services import ControlConfig, MetricsConfig
 from pretrain.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -59,6 +60,7 @@ class RunConfig(StrictModel):
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     metrics: MetricsConfig = MetricsConfig()
     control: ControlConfig = ControlConfig()
 
@@ -71,6 +73,12 @@ class RunConfig(StrictModel):
             )
         if self.metrics.dynamics.every and self.model.num_experts is not None:
             raise ValueError("metrics.dynamics.every: it does not know experts (model.num_experts); set it to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_there(self) -> "RunConfig":
+        if self.recovery.replicas_every and self.parallel.fully_sharded:
+            raise ValueError("recovery.replicas_every: with parallel.fully_sharded no rank holds what another does; 0")
         return self
 
     @model_validator(mode="after")

@@ -148,5 +148,16 @@ class CheckpointConfig(StrictModel):
 
     every: NonNegative = 100
     """Save every so many steps, and at the end; 0: only at the end."""
+    behind: bool = True
+    """Write while training goes on: a step waits only until the state has been copied. Needs memory for the copy: on a
+    GPU machine that of the host, on a CPU that of the pages which training changes meanwhile."""
     keep_last: NonNegative = 2
-    """Checkpoints kept; 0 keeps all."""
+    """Newest checkpoints kept; 0 keeps all."""
+    keep_every: NonNegative = 0
+    """Keep those whose step is a multiple of this as well; 0: no more than `keep_last`."""
+    max_total_gb: Annotated[float, Field(ge=0)] = 0.0
+    """Remove the oldest while all together are larger than this many GB (10^9 bytes); the newest always stays; 0: no
+    limit."""
+    verify: bool = True
+    """Before a checkpoint is loaded, compare its files with the checksums written with it; when they differ, set it
+    aside and go on from the one before."""

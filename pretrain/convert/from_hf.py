@@ -11,7 +11,8 @@ import yaml
 
 from headrace.errors import CheckpointError, ConfigError
 from headrace.version import __version__
-from pretrain.checkpoint import Checkpoints, model_identity, publish
+from pretrain.checkpoint import Checkpoints, model_identity
+from pretrain.checkpoint_saving import publish
 from pretrain.config import ModelConfig
 from pretrain.convert.architecture import COMMON_DEFAULTS, from_hf_config
 from pretrain.convert.native import write_weights

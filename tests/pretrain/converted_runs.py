@@ -62,7 +62,7 @@ def run_config(changes: dict[str, Any], tokenizer: Path) -> RunConfig:
 
 def save(run_dir: Path, state: TrainState, step: int) -> Path:
     data_state = State.fresh(8, ["code", "prose"]).to_dict(0, 1)
-    return Checkpoints(run_dir).save(state, data_state, Progress(step, 0), keep_last=0)
+    return Checkpoints(run_dir).save(state, data_state, Progress(step, 0))
 
 
 def our_logits(state: TrainState, tokens: torch.Tensor, starts: list[int]) -> torch.Tensor:

@@ -11,61 +11,21 @@ from typing import Any
 import child_process
 import pytest
 from process_group import run_ranks
+from small_run import STEPS, Make, curve, maker
 
 from data_scheduler import DataConfig, Journal, batch_sha256
 from data_scheduler.replay import replay
 from headrace.errors import CheckpointError, ConfigError, LayoutError
 from pretrain import checkpoint
-from pretrain.config import RunConfig, validate_config
+from pretrain.config import RunConfig
 from pretrain.loop import train
 from pretrain.metrics import read_records
-
-STEPS = 12
-Make = Callable[..., RunConfig]
-
-
-def maker(data_config: Callable[..., DataConfig], root: Path) -> Make:
-    """Makes the configuration of a small run in `root/<name>`; `section__key` arguments override."""
-
-    def make(name: str, **changes: Any) -> RunConfig:
-        data = data_config(seq_len=32, global_batch_size=8, lanes=8, prefetch=2).model_dump()
-        for source in data["sources"]:
-            source["val_paths"] = source["paths"]
-        raw: dict[str, Any] = {
-            "run": {"dir": str(root / name)},
-            "model": {
-                "family": "llama",
-                "num_layers": 2,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "num_query_groups": 2,
-                "ffn_hidden_size": 64,
-                "tie_embeddings": True,
-            },
-            "data": data,
-            "train": {"steps": STEPS, "micro_batch_size": 2, "eval_sequences": 2, "threads": 1},
-            "optimizer": {"lr": 1e-2, "warmup_steps": 2},
-            "checkpoint": {"every": 4},
-            "metrics": {"progress": False},
-        }
-        for key, value in changes.items():
-            section, _, rest = key.partition("__")
-            raw.setdefault(section, {})[rest] = value
-        return validate_config(raw, "test")
-
-    return make
+from pretrain.recovery import fault_points
 
 
 @pytest.fixture
 def run_config(data_config: Callable[..., DataConfig], tmp_path: Path) -> Make:
     return maker(data_config, tmp_path)
-
-
-def curve(config: RunConfig) -> list[dict[str, Any]]:
-    """The training records without what a clock shapes, and the evaluations."""
-    timed = {"tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes"}
-    records = read_records(Path(config.run.dir) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
 def run_to_end(config: RunConfig) -> None:
@@ -138,57 +98,23 @@ def test_kill_9_at_a_random_moment_changes_nothing(
     assert curve(config) == uninterrupted, log.read_text()
 
 
-def dying_at(point: str) -> Callable[[], None]:
-    """Arranges, in this process, a SIGKILL at a named moment of the second save."""
-    saves = 0
-
-    def hook(name: str) -> None:
-        nonlocal saves
-        if name == "prepare":
-            saves += 1
-        if saves == 2 and name == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def install() -> None:
-        originals = {
-            "prepare": (checkpoint.Checkpoints, "_prepare"),
-            "write": (checkpoint, "_write"),
-            "finish": (checkpoint, "_finish"),
-            "retire": (checkpoint.Checkpoints, "_retire"),
-            "state": (checkpoint, "save_state"),
-            "sync": (checkpoint, "_sync"),
-        }
-        for name, (owner, attribute) in originals.items():
-            original = getattr(owner, attribute)
-
-            def wrapped(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
-                hook(name)
-                result = original(*args, **kwargs)
-                hook(f"after {name}")
-                return result
-
-            setattr(owner, attribute, wrapped)
-
-    return install
-
-
-@pytest.mark.parametrize(
-    "point", ["prepare", "after prepare", "after write", "state", "after state", "sync", "after finish", "retire"]
-)
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "at once"])
+@pytest.mark.parametrize("point", [point for point in fault_points.POINTS if point.startswith("checkpoint")])
 def test_a_kill_in_the_middle_of_a_save_never_loses_the_one_before(
-    run_config: Make, uninterrupted: list[dict[str, Any]], point: str
+    run_config: Make, uninterrupted: list[dict[str, Any]], point: str, behind: bool
 ) -> None:
-    config = run_config("run")
+    config = run_config("run", checkpoint__behind=behind)
 
     def die() -> int:
-        dying_at(point)()
+        fault_points.ask(f"{point}=kill,hit2")
         return train(config)
 
     log = Path(config.run.dir).with_suffix(".log")
     assert child_process.run(die, log) == -signal.SIGKILL, log.read_text()
     steps = checkpoint.Checkpoints(config.run.dir).steps()
     assert steps in ([4], [4, 8])
-    assert (8 in steps) == (point in ("after finish", "retire"))
+    named = ("checkpoint: has its name", "checkpoint: older removed", "checkpoint: journaled")
+    assert (8 in steps) == (point in named)
     run_to_end(config)
     assert f"resuming {config.run.dir} at step {steps[-1]}" in log.read_text()
     assert curve(config) == uninterrupted
@@ -236,18 +162,10 @@ def test_resuming_on_another_layout_continues_the_same_run(
     half = run_config(name, train__steps=STEPS, checkpoint__every=6)
 
     def first_half() -> int:
-        dying_at("never")()
-        original = checkpoint.Checkpoints.save
-
-        def save_and_die(self: checkpoint.Checkpoints, *args: Any) -> Path:
-            path = original(self, *args)
-            os._exit(0)
-            return path
-
-        checkpoint.Checkpoints.save = save_and_die  # type: ignore[method-assign, assignment]
+        fault_points.ask("checkpoint: journaled=kill")
         return train(half)
 
-    assert child_process.run(first_half, Path(half.run.dir).with_suffix(".log")) == 0
+    assert child_process.run(first_half, Path(half.run.dir).with_suffix(".log")) == -signal.SIGKILL
     config = run_config(name, **changes)
     assert run_ranks(world_size, go, config) == [0] * world_size
     for record, expected in zip(curve(config), uninterrupted, strict=True):
@@ -292,7 +210,7 @@ def test_a_damaged_checkpoint_is_named(run_config: Make) -> None:
     run_to_end(config)
     latest = checkpoint.Checkpoints(config.run.dir).latest()
     assert latest is not None
-    longer = run_config("run", train__steps=20)
+    longer = run_config("run", train__steps=20, checkpoint__verify=False)
     journal = Path(config.run.dir) / "journal.jsonl"
     events = journal.read_bytes()
     journal.unlink()

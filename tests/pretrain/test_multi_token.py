@@ -148,7 +148,7 @@ def saved(run_dir: Path, asked: RunConfig) -> None:
     state = tiny_state(asked, LAYOUTS["tp2+sp"])
     train_step(state, tiny_batch(0, micro_batch_size=1), 1e-3)
     data_state = State.fresh(8, ["code", "prose"]).to_dict(0, 1)
-    Checkpoints(run_dir).save(state, data_state, Progress(1, 0), keep_last=0)
+    Checkpoints(run_dir).save(state, data_state, Progress(1, 0))
 
 
 @pytest.mark.multiprocess

@@ -37,7 +37,7 @@ def save_and_go_on(entry: Entry, variant: dict[str, Any], run_dir: Path) -> Curv
     state = matrix_state({**variant, **entry.model}, entry.layout, ranks)
     steps_of(state, 0, SAVED_AT)
     data_state = State.fresh(BATCH, ["code", "prose"]).to_dict(0, 1)
-    Checkpoints(run_dir).save(state, data_state, Progress(SAVED_AT, 0), keep_last=0)
+    Checkpoints(run_dir).save(state, data_state, Progress(SAVED_AT, 0))
     return curve(state)
 
 

@@ -55,7 +55,7 @@ def steps(config: RunConfig, layout: Layout, first: int = 0, load: Path | None =
     for step in range(first, len(THEN)):
         if step == 2 and save is not None:
             data_state = State.fresh(8, ["code", "prose"]).to_dict(0, 1)
-            checkpoint.Checkpoints(save).save(state, data_state, checkpoint.Progress(2, 0), keep_last=0)
+            checkpoint.Checkpoints(save).save(state, data_state, checkpoint.Progress(2, 0))
         part = THEN[step]
         state.stage = state.stage._replace(trainable=part and tuple(part))
         before, held = whole(state), moments(state) if step else []
@@ -144,7 +144,7 @@ def test_every_kind_of_optimizer_freezes_from_the_first_step_on_and_can_be_saved
         train_step(state, tiny_batch(0), 1e-2)
         changed = [name for name, weights in whole(state).items() if not torch.equal(weights, before[name])]
         data_state = State.fresh(8, ["code", "prose"]).to_dict(0, 1)
-        path = checkpoint.Checkpoints(tmp_path).save(state, data_state, checkpoint.Progress(1, 0), keep_last=0)
+        path = checkpoint.Checkpoints(tmp_path).save(state, data_state, checkpoint.Progress(1, 0))
         expected = moments(state)
         checkpoint.load(path, state)
         same = all(

@@ -1,0 +1,79 @@
+"""Checksums of a checkpoint's files, so that a torn or changed one is never trained from.
+
+`manifest.json` in the checkpoint's folder:
+
+    {"files": {"__0_0.distcp": {"size": 1234, "sha256": "…"}, "meta.json": {…}, …}}
+
+Shards are summed up by the processes that wrote them; the few small files by rank 0. Loading reads every file once
+before it is used: each rank a part of them. `checkpoint.verify: false` spares it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from headrace.errors import CheckpointError
+from parallel.background_write import FileSum, file_sum
+
+NAME = "manifest.json"
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are not what was written; an older one may do."""
+
+
+def write_manifest(folder: Path, known: Mapping[str, FileSum]) -> None:
+    """Sum up what is in `folder` besides what is `known`, and write it all down. Raises OSError."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    sums = {name: known.get(name) or file_sum(folder / name) for name in names if name != NAME}
+    text = json.dumps({"files": {name: asdict(each) for name, each in sums.items()}}, indent=1)
+    (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Hold every `parts`-th file of a checkpoint against its sum.
+
+    Raises DamagedCheckpoint naming the first that differs. A checkpoint without a manifest, of a version before there
+    were any, passes.
+    """
+    manifest = folder / NAME
+    if not manifest.exists():
+        return
+    for name, wanted in list(_sums(manifest).items())[part::parts]:
+        try:
+            found = file_sum(folder / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder}: {name}: {error.strerror}") from None
+        if found.size != wanted.size:
+            raise DamagedCheckpoint(f"{folder}: {name} has {found.size} bytes, {wanted.size} were written")
+        if found != wanted:
+            raise DamagedCheckpoint(f"{folder}: {name} is not what was written (its SHA-256 differs)")
+
+
+def _sums(manifest: Path) -> dict[str, FileSum]:
+    try:
+        entries = json.loads(manifest.read_bytes())["files"]
+        sums = {str(name): FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise DamagedCheckpoint(f"{manifest}: cannot be read") from None
+    for name in sums:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedCheckpoint(f"{manifest}: names a file outside the checkpoint: {name}")
+    return sums
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that no run takes it, and keep it for whoever wants to look; its new path."""
+    aside = folder.with_name(folder.name + ".damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+    folder.rename(aside)
+    return aside
+
+
+def names(sums: Sequence[Mapping[str, FileSum]]) -> dict[str, FileSum]:
+    """Every rank's sums as one."""
+    return {name: each for part in sums for name, each in part.items()}
