@@ -10,20 +10,18 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from data_scheduler import Journal, Scheduler, batch_sha256, merge_states
+from data_scheduler import Journal, Scheduler, batch_sha256
 from data_scheduler.batch import Batch, RejectedRecord
 from data_scheduler.config import SourceConfig
 from data_scheduler.stages import tokens_before
-from data_scheduler.state import LANE_ARRAYS, Snapshots
+from data_scheduler.state import Snapshots
 from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint
-from pretrain.checkpoint_saving import Saving
 from pretrain.config import RunConfig, dump_config
 from pretrain.control.desk import Stand
 from pretrain.control.live import Live, setting, with_live_sources
@@ -35,12 +33,11 @@ from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
-from pretrain.recovery.loss_guard import LossGuard
+from pretrain.recovery.health import check_health, new_guard
 from pretrain.recovery.newest import newest_whole
-from pretrain.recovery.replicas import check_replicas
-from pretrain.recovery.rollback import after_step
 from pretrain.recovery.watchdog import Watchdog
 from pretrain.rejects import Rejects
+from pretrain.saves import Saves
 from pretrain.selection.selection import open_selection
 from pretrain.stages import parallel_of, settings_of
 from pretrain.step import TrainState, build_state, train_step
@@ -113,17 +110,12 @@ class Run:
         check_vocabulary(vocab_size, tokens)
         self.held_out = self._read_held_out()
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
-        guard = config.recovery.loss_guard
-        if guard.policy != "off":
-            journal = self.scheduler.journal
-            events = [*journal.of("rollback"), *journal.of("anomaly")]
-            self.state.guard = LossGuard(guard, events, config.train.precision)
+        self.state.guard = new_guard(config.recovery, self.scheduler.journal, config.train.precision)
         self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
         self._stop_asked = False
-        self._saved_at = -1
-        self._saving: Saving | None = None
-        """The checkpoint that is being written behind the steps."""
+        self.saves = Saves(self.checkpoints, config.checkpoint, ranks, self._note)
+        self.progress: Progress | None = None
         self.next_layout: Layout | None = None
         """What the run goes on with when `go` has ended because a stage begins that has another layout."""
         self.goes_back = False
@@ -146,11 +138,12 @@ class Run:
             stopping_on_signals(self._ask_to_stop),
             Progress(steps, first, self._shows_progress(), given=self._tokens_before) as progress,
         ):
+            self.progress = progress
             if not resumed:
                 self._evaluate(sinks, progress)
             code = self._go_on(sinks, progress)
         self.scheduler.close()
-        if self.done.step == steps:
+        if self.done.step == steps and not self.goes_back:
             self.scheduler.journal.append("run_finished", self.done.step, {"tokens": self.done.tokens}, "system")
         for sink in sinks:
             sink.close()
@@ -169,14 +162,14 @@ class Run:
             if due or at == steps or self.scheduler.wants_validation:
                 self._evaluate(sinks, progress)
             if (every and at % every == 0) or at == steps:
-                self._save(progress, behind=self.config.checkpoint.behind)  # before a pause that may last for hours
+                self._save(behind=self.config.checkpoint.behind)  # before a pause that may last for hours
             stop = self._between_steps(progress)
             halt = setting(self.scheduler, "stop_at", -1) == at
             if not stop and not halt and at < steps:
                 self.next_layout = self._other_layout(at)
         if stop or halt or self.next_layout is not None:
-            self._save(progress)
-        self._finish_saving(progress)
+            self._save()
+        self.saves.finish(self.scheduler)
         if self.goes_back:
             return ExitCode.RECOVERABLE
         if self.next_layout is not None:
@@ -201,12 +194,11 @@ class Run:
         """Carry out what people asked, and wait while they want a pause; True when asked to stop."""
         told = False
         while True:
-            writing = self._saving is not None and self._saving.is_writing
             stop, asked, writing = exchange.largest(
-                [float(self._stop_asked), float(self.live.is_asked), float(writing)]
+                [float(self._stop_asked), float(self.live.is_asked), float(self.saves.is_writing)]
             )
             if not writing:
-                self._finish_saving(progress)
+                self.saves.finish(self.scheduler)
             if asked:
                 self._obey(progress)
             paused = setting(self.scheduler, "paused", False) and self.done.step < self.config.train.steps
@@ -227,7 +219,7 @@ class Run:
             if kind == "source_added":
                 self._add_source(SourceConfig.model_validate(decision.data["source"]))
             elif kind == "save_asked":
-                self._save(progress)
+                self._save()
 
     def _add_source(self, source: SourceConfig) -> None:
         """Go on with one more source, as if the run had been resumed here with it."""
@@ -295,26 +287,8 @@ class Run:
         reach("step: recorded")
         if result.skipped and not math.isfinite(result.grad_norm):
             self._tell(progress, f"step {batch.step}: gradient not finite (loss {result.loss}); update skipped")
-        self._check_health(batch.step, progress)
-
-    def _check_health(self, step: int, progress: Progress) -> None:
-        """Look at what the loss guard found in the step, and at the other replicas' weights."""
-        recovery, guard = self.config.recovery, self.state.guard
-        if guard is not None:
-
-            def newest() -> int:
-                self._finish_saving(progress)
-                steps = exchange.from_first_rank(self.checkpoints.steps, self.ranks.rank)
-                return steps[-1] if steps else 0
-
-            def tell(text: str) -> None:
-                self._tell(progress, text)
-
-            policy = recovery.loss_guard.policy
-            self.goes_back = after_step(guard, policy, step, newest, self.scheduler.journal, tell)
-        if self._due(recovery.replicas_every):
-            weights = [p for chunk in self.state.chunks for p in chunk.parameters() if getattr(p, "allreduce", True)]
-            check_replicas(weights, step, self.ranks.rank)
+        journal, tell = self.scheduler.journal, self._note
+        self.goes_back = check_health(self.config.recovery, self.state, batch.step, self._newest, journal, tell)
 
     def _exhausted(self, batch: Batch) -> list[str]:
         """Sources that every lane of every rank has given `max_epochs` times."""
@@ -362,38 +336,14 @@ class Run:
 
     # -- saving and resuming -------------------------------------------------------------------------------------
 
-    def _save(self, progress: Progress, *, behind: bool = False) -> None:
-        if self.done.step in (0, self._saved_at):
-            return  # an optimizer that has made no step has no state to go on from; or a person asked for it just now
-        self._finish_saving(progress)
-        self._saved_at = self.done.step
+    def _save(self, *, behind: bool = False) -> None:
         self.watchdog.beat(f"checkpoint of step {self.done.step}")
-        self._saving = self.checkpoints.begin(self.state, self._whole_data_state(), self.done, behind=behind)
-        if not behind:
-            self._finish_saving(progress)
+        self.saves.save(self.state, self.scheduler, self.done, behind=behind)
 
-    def _finish_saving(self, progress: Progress) -> None:
-        """Wait for the checkpoint that is being written, if there is one; every rank calls this at the same time."""
-        if self._saving is None:
-            return
-        saving, self._saving = self._saving, None
-        self.watchdog.beat(f"end of the checkpoint of step {saving.step}")
-        path = self.checkpoints.end(saving, self.config.checkpoint)
-        event = {"path": str(path.relative_to(self.run_dir)), "tokens": saving.tokens}
-        self.scheduler.journal.append("checkpoint", saving.step, event, "system")
-        reach("checkpoint: journaled")
-        self._tell(progress, f"checkpoint at step {saving.step}: {path}")
-
-    def _whole_data_state(self) -> dict[str, Any]:
-        """The scheduler's state with every rank's lanes."""
-        own = self.scheduler.state_dict()
-        gathered = zip(*(exchange.gather_arrays(own[key]) for key in LANE_ARRAYS), strict=True)
-        return merge_states(
-            [
-                {**own, **dict(zip(LANE_ARRAYS, arrays, strict=True)), "lanes_mod": [rank, self.ranks.dp_size]}
-                for rank, arrays in enumerate(gathered)
-            ]
-        )
+    def _newest(self) -> int:
+        """Step of the newest checkpoint, that which is being written included."""
+        self.saves.finish(self.scheduler)
+        return self.saves.newest()
 
     def _resume(self) -> bool:
         """Load the newest checkpoint, if there is one."""
@@ -410,7 +360,7 @@ class Run:
             self._say(f"starting {self.run_dir} from the weights of {latest}")
             return False
         self.scheduler.load_state_dict(data_state)
-        self._saved_at = self.done.step
+        self.saves.saved_at = self.done.step
         reach("run: resumed")
         self._say(f"resuming {self.run_dir} at step {self.done.step} from {latest}")
         return True
@@ -475,6 +425,12 @@ class Run:
     def _tell(self, progress: Progress, text: str) -> None:
         if self.ranks.rank == 0:
             progress.note(text)
+
+    def _note(self, text: str) -> None:
+        if self.progress is None:
+            self._say(text)
+        else:
+            self._tell(self.progress, text)
 
     def _say(self, text: str) -> None:
         if self.ranks.rank == 0:
