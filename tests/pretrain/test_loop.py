@@ -11,67 +11,20 @@ from typing import Any
 import child_process
 import pytest
 from process_group import run_ranks
+from small_run import STEPS, Make, curve, go, maker, run_to_end
 
 from data_scheduler import DataConfig, Journal, batch_sha256
 from data_scheduler.replay import replay
 from headrace.errors import CheckpointError, ConfigError, LayoutError
 from pretrain import checkpoint
-from pretrain.config import RunConfig, validate_config
+from pretrain.config import RunConfig
 from pretrain.loop import train
 from pretrain.metrics import read_records
-
-STEPS = 12
-Make = Callable[..., RunConfig]
-
-
-def maker(data_config: Callable[..., DataConfig], root: Path) -> Make:
-    """Makes the configuration of a small run in `root/<name>`; `section__key` arguments override."""
-
-    def make(name: str, **changes: Any) -> RunConfig:
-        data = data_config(seq_len=32, global_batch_size=8, lanes=8, prefetch=2).model_dump()
-        for source in data["sources"]:
-            source["val_paths"] = source["paths"]
-        raw: dict[str, Any] = {
-            "run": {"dir": str(root / name)},
-            "model": {
-                "family": "llama",
-                "num_layers": 2,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "num_query_groups": 2,
-                "ffn_hidden_size": 64,
-                "tie_embeddings": True,
-            },
-            "data": data,
-            "train": {"steps": STEPS, "micro_batch_size": 2, "eval_sequences": 2, "threads": 1},
-            "optimizer": {"lr": 1e-2, "warmup_steps": 2},
-            "checkpoint": {"every": 4},
-            "metrics": {"progress": False},
-        }
-        for key, value in changes.items():
-            section, _, rest = key.partition("__")
-            raw.setdefault(section, {})[rest] = value
-        return validate_config(raw, "test")
-
-    return make
 
 
 @pytest.fixture
 def run_config(data_config: Callable[..., DataConfig], tmp_path: Path) -> Make:
     return maker(data_config, tmp_path)
-
-
-def curve(config: RunConfig) -> list[dict[str, Any]]:
-    """The training records without what a clock shapes, and the evaluations."""
-    timed = {"tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes"}
-    records = read_records(Path(config.run.dir) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
-
-
-def run_to_end(config: RunConfig) -> None:
-    assert child_process.run(lambda: train(config), Path(config.run.dir).with_suffix(".log")) == 0, (
-        Path(config.run.dir).with_suffix(".log").read_text()
-    )
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +163,6 @@ def test_a_signal_saves_and_leaves_with_the_code_for_restart(
         assert "asked to stop: saved at step" in log.read_text()
         run_to_end(config)
         assert curve(config) == uninterrupted
-
-
-def go(config: RunConfig) -> int:
-    return int(train(config))
 
 
 @pytest.mark.multiprocess
