@@ -1,22 +1,26 @@
-"""Whole runs that take a second: a model of two layers on four small sources."""
+"""Whole runs of a small model on the small corpus, and what they recorded."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import child_process
+
 from data_scheduler import DataConfig
 from pretrain.config import RunConfig, validate_config
+from pretrain.loop import train
 from pretrain.metrics import read_records
 
 STEPS = 12
 Make = Callable[..., RunConfig]
 
 
-def maker(data_config: Callable[..., DataConfig], root: Path) -> Make:
-    """Makes the configuration of a small run in `root/<name>`; `section__key` arguments override."""
+def maker(data_config: Callable[..., DataConfig], root: Path, **usual: Any) -> Make:
+    """Makes the configuration of a small run in `root/<name>`; `section__key` arguments override, those of `usual` in
+    every run."""
 
     def make(name: str, **changes: Any) -> RunConfig:
-        data = data_config(seq_len=32, global_batch_size=8, lanes=8, prefetch=2).model_dump()
+        data = data_config(seq_len=32, global_batch_size=8, lanes=8, prefetch=2).model_dump(exclude={"stages"})
         for source in data["sources"]:
             source["val_paths"] = source["paths"]
         raw: dict[str, Any] = {
@@ -36,9 +40,12 @@ def maker(data_config: Callable[..., DataConfig], root: Path) -> Make:
             "checkpoint": {"every": 4},
             "metrics": {"progress": False},
         }
-        for key, value in changes.items():
+        for key, value in (usual | changes).items():
             section, _, rest = key.partition("__")
-            raw.setdefault(section, {})[rest] = value
+            if rest:
+                raw.setdefault(section, {})[rest] = value
+            else:
+                raw[section] = value
         return validate_config(raw, "test")
 
     return make
@@ -49,3 +56,15 @@ def curve(config: RunConfig) -> list[dict[str, Any]]:
     timed = {"tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes"}
     records = read_records(Path(config.run.dir) / "metrics.jsonl")
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+def run_to_end(config: RunConfig) -> str:
+    """Train in a process of its own; what it said."""
+    log = Path(config.run.dir).with_suffix(".log")
+    assert child_process.run(lambda: train(config), log) == 0, log.read_text()
+    return log.read_text()
+
+
+def go(config: RunConfig) -> int:
+    """Train in this process; the exit code."""
+    return int(train(config))

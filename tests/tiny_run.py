@@ -1,8 +1,11 @@
 """A run small enough for tests: a model of four layers, random tokens, packed documents of uneven length."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from parallel import process_groups
 from parallel.layout import Layout
@@ -11,6 +14,17 @@ from pretrain.microbatch import MicroBatch, split_batch
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
 VOCAB, SEQ_LEN, BATCH = 128, 32, 8
+PAIRS = {
+    "dp2": Layout(2),
+    "dp2 distributed optimizer": Layout(2, distributed_optimizer=True),
+    "tp2": Layout(2, tensor_parallel_size=2),
+    "tp2+sp": Layout(2, tensor_parallel_size=2, sequence_parallel=True),
+    "pp2": Layout(2, pipeline_parallel_size=2),
+    "pp2 interleaved": Layout(2, pipeline_parallel_size=2, virtual_pipeline_parallel_size=2),
+    "cp2": Layout(2, context_parallel_size=2),
+    "cp2 distributed optimizer": Layout(2, context_parallel_size=2, distributed_optimizer=True),
+}
+"""Every direction a model is spread in, over two processes; `layout_matrix.py` has all that there are."""
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> RunConfig:
@@ -75,3 +89,22 @@ def tiny_steps(config: RunConfig, layout: Layout, steps: int = 5, weighted: bool
     if layout.world_size == 1:
         process_groups.shutdown()
     return results
+
+
+def single_process(config: RunConfig, steps: int = 5) -> list[StepResult]:
+    """What one process makes of `config`; computed once."""
+    return _computed(config.model_dump_json(), steps)
+
+
+@functools.cache
+def _computed(config: str, steps: int) -> list[StepResult]:
+    return tiny_steps(RunConfig.model_validate_json(config), Layout(1), steps)
+
+
+def assert_same_curve(results: Sequence[StepResult], expected: Sequence[StepResult], tolerance: float = 1e-5) -> None:
+    """Same tokens, and losses and gradient norms to a relative `tolerance`."""
+    for result, one in zip(results, expected, strict=True):
+        assert result.loss == pytest.approx(one.loss, rel=tolerance)
+        assert result.grad_norm == pytest.approx(one.grad_norm, rel=tolerance)
+        assert result.source_tokens.tolist() == one.source_tokens.tolist()
+        assert not result.skipped

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from process_group import run_ranks
-from tiny_run import tiny_config, tiny_steps
+from tiny_run import assert_same_curve, tiny_config, tiny_steps
 from varlen_on_cpu import aligned_to_the_last
 
 from parallel import attention, process_groups
@@ -16,7 +16,6 @@ from parallel.attention import PackedAttention, pack_documents
 from parallel.context_parallel import context_parallel_index, share_of
 from parallel.engine import parallel_state
 from parallel.layout import ContextParallelMethod, Layout
-from pretrain.step import StepResult
 
 METHODS: tuple[ContextParallelMethod, ...] = ("all_gather", "all_to_all")
 CPU = torch.device("cpu")
@@ -107,13 +106,6 @@ def test_outputs_and_gradients_are_those_of_one_process(
     order = torch.cat([context_parallel_index(tokens, seq_len, 2, rank) for rank in range(2)])
     for parts, one in zip(zip(*ranks, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.cat(parts), one[order], rtol=1e-5, atol=1e-6)
-
-
-def assert_same_curve(results: list[StepResult], expected: list[StepResult]) -> None:
-    for result, one in zip(results, expected, strict=True):
-        assert result.loss == pytest.approx(one.loss, rel=1e-5)
-        assert result.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
-        assert result.source_tokens.tolist() == one.source_tokens.tolist()
 
 
 @pytest.mark.multiprocess

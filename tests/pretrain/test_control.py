@@ -12,7 +12,7 @@ from typing import Any
 import child_process
 import pytest
 from small_corpus import jsonl, make_documents
-from test_loop import Make, curve, maker
+from small_run import Make, curve, maker
 from typer.testing import CliRunner
 
 from data_scheduler import DataConfig, Journal, batch_sha256

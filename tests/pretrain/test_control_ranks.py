@@ -14,7 +14,7 @@ import child_process
 import pytest
 from process_group import run_ranks
 from small_corpus import jsonl, make_documents
-from test_loop import curve, go, maker, run_to_end
+from small_run import curve, go, maker, run_to_end
 
 from data_scheduler import DataConfig, Journal, batch_sha256
 from data_scheduler.replay import replay

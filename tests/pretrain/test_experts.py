@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from process_group import run_ranks
-from tiny_run import VOCAB, tiny_batch, tiny_config, tiny_state, tiny_steps
+from tiny_run import VOCAB, assert_same_curve, tiny_batch, tiny_config, tiny_state, tiny_steps
 
 from headrace.errors import ConfigError
 from parallel import process_groups
@@ -52,13 +52,6 @@ def test_the_balancing_loss_is_minimised_and_not_reported() -> None:
     assert with_loss[0].loss == without[0].loss
     assert with_loss[0].grad_norm != without[0].grad_norm
     assert with_loss[1].loss != without[1].loss
-
-
-def assert_same_curve(results: list[StepResult], expected: list[StepResult]) -> None:
-    for result, one in zip(results, expected, strict=True):
-        assert result.loss == pytest.approx(one.loss, rel=1e-5)
-        assert result.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
-        assert result.source_tokens.tolist() == one.source_tokens.tolist()
 
 
 LAYOUTS = {

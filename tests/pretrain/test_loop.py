@@ -11,7 +11,7 @@ from typing import Any
 import child_process
 import pytest
 from process_group import run_ranks
-from small_run import STEPS, Make, curve, maker
+from small_run import STEPS, Make, curve, go, maker, run_to_end
 
 from data_scheduler import DataConfig, Journal, batch_sha256
 from data_scheduler.replay import replay
@@ -26,12 +26,6 @@ from pretrain.recovery import fault_points
 @pytest.fixture
 def run_config(data_config: Callable[..., DataConfig], tmp_path: Path) -> Make:
     return maker(data_config, tmp_path)
-
-
-def run_to_end(config: RunConfig) -> None:
-    assert child_process.run(lambda: train(config), Path(config.run.dir).with_suffix(".log")) == 0, (
-        Path(config.run.dir).with_suffix(".log").read_text()
-    )
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +130,6 @@ def test_a_signal_saves_and_leaves_with_the_code_for_restart(
         assert "asked to stop: saved at step" in log.read_text()
         run_to_end(config)
         assert curve(config) == uninterrupted
-
-
-def go(config: RunConfig) -> int:
-    return int(train(config))
 
 
 @pytest.mark.multiprocess

@@ -1,6 +1,5 @@
 """SGD, gradient clipping (SGD shows it; Adam forgives any factor), and both under every layout."""
 
-import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,27 +7,16 @@ import pytest
 import torch
 from process_group import run_ranks
 from resharding import load_then_go_on, save_then_go_on
-from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
+from tiny_run import PAIRS, assert_same_curve, single_process, tiny_batch, tiny_config, tiny_state, tiny_steps
 
+from headrace.errors import CheckpointError
 from parallel import process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint
-from pretrain.config import RunConfig
-from pretrain.step import StepResult, train_step
+from pretrain.step import train_step
 
-LAYOUTS = {
-    "dp2": Layout(2),
-    "dp2 distributed optimizer": Layout(2, distributed_optimizer=True),
-    "tp2+sp": Layout(2, tensor_parallel_size=2, sequence_parallel=True),
-    "pp2": Layout(2, pipeline_parallel_size=2),
-    "cp2": Layout(2, context_parallel_size=2),
-}
+NAMES = ("dp2", "dp2 distributed optimizer", "tp2+sp", "pp2", "cp2")
 CLIP, LR = 0.25, 1.0
-
-
-@functools.cache
-def single_process(text: str, steps: int) -> list[StepResult]:
-    return tiny_steps(RunConfig.model_validate_json(text), Layout(1), steps)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -53,17 +41,13 @@ def test_a_step_is_torchs_sgd(nesterov: bool) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("name", "tied"), [*((name, False) for name in LAYOUTS), ("tp2+sp", True), ("pp2", True)])
+@pytest.mark.parametrize(("name", "tied"), [*((name, False) for name in NAMES), ("tp2+sp", True), ("pp2", True)])
 def test_clipping_is_by_the_norm_of_the_whole_gradient_under_every_layout(name: str, tied: bool) -> None:
     config = tiny_config("qwen3", micro_batch_size=1, kind="sgd", momentum=0.0, lr=LR, weight_decay=0.0,
                          clip_grad=CLIP, tie_embeddings=tied)  # fmt: skip
-    reference = single_process(config.model_dump_json(), 4)
+    reference = single_process(config, 4)
     assert min(result.grad_norm for result in reference) > 2 * CLIP
-    for mine, theirs in zip(
-        run_ranks(2, tiny_steps, config, LAYOUTS[name], 4, timeout_s=120)[0], reference, strict=True
-    ):
-        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
-        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+    assert_same_curve(run_ranks(2, tiny_steps, config, PAIRS[name], 4, timeout_s=120)[0], reference)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -86,8 +70,16 @@ def test_momentum_in_bf16_survives_a_change_of_layout(tmp_path: Path) -> None:
     expected = run_ranks(2, save_then_go_on, config, owned, tmp_path / "a", 3, 2, timeout_s=120)[0]
     again = run_ranks(2, load_then_go_on, config, owned, tmp_path / "a", 3, 2, timeout_s=120)[0]
     assert [result.loss for result in again] == [result.loss for result in expected]
-    other = run_ranks(2, load_then_go_on, config, LAYOUTS["tp2+sp"], tmp_path / "a", 3, 2, timeout_s=120)
+    other = run_ranks(2, load_then_go_on, config, PAIRS["tp2+sp"], tmp_path / "a", 3, 2, timeout_s=120)
     assert other[0][1].loss == pytest.approx(expected[1].loss, rel=2e-3)  # bf16 adds in another order
+
+
+def test_momentum_does_not_begin_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    state = tiny_state(tiny_config(kind="sgd", momentum=0.9), Layout(1))
+    saved = {"optimizer": {"kind": "sgd", "groups": []}, "config": {"optimizer": {"momentum": 0.0}}, "model": {}}
+    with pytest.raises(CheckpointError, match=r"saved with optimizer\.momentum=0, .*; set it to 0, or start a new run"):
+        checkpoint.check_model(tmp_path, saved, state)
+    process_groups.shutdown()
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("sgd", "bf16"), ("muon", "fp32")])

@@ -13,6 +13,7 @@ import child_process
 import pytest
 import torch
 from process_group import run_ranks
+from small_run import STEPS, Make, curve, maker, run_to_end
 
 from data_scheduler import DataConfig, batch_sha256
 from data_scheduler.replay import replay
@@ -20,18 +21,15 @@ from headrace.errors import ConfigError, LayoutError
 from launch.preflight import checked_config
 from parallel.layout import Layout, validate
 from pretrain import checkpoint
-from pretrain.config import RunConfig, dump_config, load_config, validate_config
+from pretrain.config import RunConfig, dump_config, load_config
 from pretrain.convert.native import NativeReader
 from pretrain.convert.tensors import native_tensors
 from pretrain.convert.to_hf import to_hf
 from pretrain.loop import train
-from pretrain.metrics import read_records
 from pretrain.models.sizes import layout_shape
 from pretrain.report import load_run, shape_turns
 from pretrain.step import build_state
 
-STEPS = 12
-Make = Callable[..., RunConfig]
 YARN: dict[str, Any] = {"kind": "yarn", "factor": 4.0, "original_seq_len": 32, "beta_fast": 4.0}
 STAGES: list[dict[str, Any]] = [
     {"from_step": 3, "seq_len": 64, "rope_base": 500.0, "micro_batch_size": 1},
@@ -47,67 +45,33 @@ STAGES: list[dict[str, Any]] = [
 SHAPES = [(32, 8)] * 3 + [(64, 8)] * 3 + [(64, 16)] * 3 + [(48, 16)] * 3
 
 
-def maker(data_config: Callable[..., DataConfig], root: Path) -> Make:
-    """Makes the configuration of a small run in `root/<name>`; `section__key` arguments override."""
-
-    def make(name: str, **changes: Any) -> RunConfig:
-        data = data_config(seq_len=32, global_batch_size=8, lanes=16, prefetch=2).model_dump(exclude={"stages"})
-        for source in data["sources"]:
-            source["val_paths"] = source["paths"]
-        raw: dict[str, Any] = {
-            "run": {"dir": str(root / name)},
-            "model": {
-                "family": "llama",
-                "num_layers": 2,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "num_query_groups": 2,
-                "ffn_hidden_size": 64,
-            },
-            "data": data,
-            "train": {"steps": STEPS, "micro_batch_size": 2, "eval_sequences": 0, "threads": 1},
-            "optimizer": {"lr": 1e-2, "warmup_steps": 2, "schedule": "constant"},
-            "checkpoint": {"every": 0},
-            "metrics": {"progress": False},
-            "stages": STAGES,
-        }
-        for key, value in changes.items():
-            section, _, rest = key.partition("__")
-            if rest:
-                raw.setdefault(section, {})[rest] = value
-            else:
-                raw[section] = value
-        return validate_config(raw, "test")
-
-    return make
+def staged_maker(data_config: Callable[..., DataConfig], root: Path) -> Make:
+    """Makes the configuration of a small run in `root/<name>` that goes through STAGES."""
+    return maker(
+        data_config,
+        root,
+        data__lanes=16,
+        model__tie_embeddings=False,
+        train__eval_sequences=0,
+        optimizer__schedule="constant",
+        checkpoint__every=0,
+        stages=STAGES,
+    )
 
 
 @pytest.fixture
 def run_config(data_config: Callable[..., DataConfig], tmp_path: Path) -> Make:
-    return maker(data_config, tmp_path)
+    return staged_maker(data_config, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def staged(data_config: Callable[..., DataConfig], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run through all stages, without a stop; checkpoints where they begin."""
-    config = maker(data_config, tmp_path_factory.mktemp("staged"))(
+    config = staged_maker(data_config, tmp_path_factory.mktemp("staged"))(
         "run", checkpoint__every=3, checkpoint__keep_last=0, train__eval_sequences=2, train__eval_every=4
     )
     run_to_end(config)
     return config
-
-
-def curve(config: RunConfig) -> list[dict[str, Any]]:
-    """The records without what a clock shapes."""
-    timed = {"tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes"}
-    records = read_records(Path(config.run.dir) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
-
-
-def run_to_end(config: RunConfig) -> str:
-    log = Path(config.run.dir).with_suffix(".log")
-    assert child_process.run(lambda: train(config), log) == 0, log.read_text()
-    return log.read_text()
 
 
 def weights(config: RunConfig, step: int = STEPS) -> list[torch.Tensor]:

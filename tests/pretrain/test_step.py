@@ -1,60 +1,33 @@
 """Training steps. That every layout trains as one process does is in `test_equivalence.py`."""
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 from process_group import run_ranks
-from tiny_run import VOCAB, tiny_batch, tiny_config, tiny_state, tiny_steps
+from tiny_run import PAIRS, VOCAB, assert_same_curve, single_process, tiny_batch, tiny_config, tiny_state, tiny_steps
 
 from parallel import process_groups
 from parallel.layout import Layout
-from pretrain.config import RunConfig
 from pretrain.loss import FIXED_POINT
-from pretrain.step import StepResult, evaluate_step, place, train_step
-
-LAYOUTS = {
-    "dp2": Layout(2),
-    "dp2 distributed optimizer": Layout(2, distributed_optimizer=True),
-    "tp2+sp": Layout(2, tensor_parallel_size=2, sequence_parallel=True),
-    "pp2": Layout(2, pipeline_parallel_size=2),
-    "pp2 interleaved": Layout(2, pipeline_parallel_size=2, virtual_pipeline_parallel_size=2),
-    "cp2": Layout(2, context_parallel_size=2),
-}
-
-
-@functools.cache
-def single_process(text: str) -> list[StepResult]:
-    return tiny_steps(RunConfig.model_validate_json(text), Layout(1))
-
-
-def assert_same_curve(results: list[StepResult], config: RunConfig, tolerance: float = 1e-5) -> None:
-    for result, reference in zip(results, single_process(config.model_dump_json()), strict=True):
-        assert result.loss == pytest.approx(reference.loss, rel=tolerance)
-        assert result.grad_norm == pytest.approx(reference.grad_norm, rel=tolerance)
-        assert result.source_tokens.tolist() == reference.source_tokens.tolist()
-        assert not result.skipped
+from pretrain.step import evaluate_step, place, train_step
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["dp2", "tp2+sp", "pp2", "cp2"])
 def test_weighted_tokens_have_the_single_process_curve(name: str) -> None:
-    layout, config = LAYOUTS[name], tiny_config("llama", micro_batch_size=1)
+    layout, config = PAIRS[name], tiny_config("llama", micro_batch_size=1)
     results = run_ranks(layout.world_size, tiny_steps, config, layout, 3, True)[0]
-    for result, reference in zip(results, tiny_steps(config, Layout(1), 3, True), strict=True):
-        assert result.loss == pytest.approx(reference.loss, rel=1e-5)
-        assert result.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
-        assert result.source_tokens.tolist() == reference.source_tokens.tolist()
+    assert_same_curve(results, tiny_steps(config, Layout(1), 3, True))
 
 
 @pytest.mark.multiprocess
 def test_bf16_under_two_layouts_stays_near_fp32() -> None:
     config = tiny_config("llama", micro_batch_size=1, precision="bf16")
-    reference = single_process(tiny_config("llama", micro_batch_size=1).model_dump_json())
+    reference = single_process(tiny_config("llama", micro_batch_size=1))
     single = tiny_steps(config, Layout(1))
-    sharded = run_ranks(2, tiny_steps, config, LAYOUTS["dp2 distributed optimizer"])[0]
+    sharded = run_ranks(2, tiny_steps, config, PAIRS["dp2 distributed optimizer"])[0]
     for fp32, bf16, bf16_sharded in zip(reference, single, sharded, strict=True):
         assert bf16.loss == pytest.approx(fp32.loss, rel=5e-3)
         assert bf16.loss != fp32.loss
@@ -66,7 +39,7 @@ def test_bf16_under_two_layouts_stays_near_fp32() -> None:
 def test_recomputation_changes_nothing(family: str, recompute: str) -> None:
     for mine, reference in zip(
         tiny_steps(tiny_config(family, recompute=recompute), Layout(1)),
-        single_process(tiny_config(family).model_dump_json()),
+        single_process(tiny_config(family)),
         strict=True,
     ):
         assert mine.loss == reference.loss
@@ -77,7 +50,7 @@ def test_recomputation_changes_nothing(family: str, recompute: str) -> None:
 def test_micro_batch_size_changes_rounding_only(micro_batch_size: int) -> None:
     config = tiny_config("llama")
     other = tiny_config("llama", micro_batch_size=micro_batch_size)
-    assert_same_curve(tiny_steps(other, Layout(1)), config)
+    assert_same_curve(tiny_steps(other, Layout(1)), single_process(config))
 
 
 def test_a_repeated_run_is_bit_identical() -> None:
@@ -129,7 +102,7 @@ def test_reported_losses_are_the_sources_own() -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["dp2", "tp2+sp", "pp2", "pp2 interleaved", "cp2"])
 def test_evaluation_changes_nothing_and_agrees_with_one_process(name: str) -> None:
-    layout, config = LAYOUTS[name], tiny_config("llama", micro_batch_size=1)
+    layout, config = PAIRS[name], tiny_config("llama", micro_batch_size=1)
 
     def evaluate(layout: Layout) -> tuple[list[int], list[int], float]:
         state = tiny_state(config, layout)
