@@ -6,6 +6,7 @@
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
     docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
     docs/how-to/gpu.md      its table of presets, from `pretrain.models`
+    docs/recovery.md        its tables, from benchmarks/results/crash_matrix.json and recovery.json
     docs/parallel.md        its tables, from benchmarks/results/parallel_equivalence.json
     docs/kernels.md         its table, by docs/kernel_table.py from benchmarks/results/kernels.json
     docs/mixing.md          its tables, from benchmarks/results/policy_overhead.json and mixing_*.json
@@ -381,6 +382,17 @@ def kernels() -> str:
     return _replaced(page, "operators", f"{table}\n{kernel_table.facts(result)}")
 
 
+def recovery() -> str:
+    """The page with its tables made from the result files."""
+    sys.path.insert(0, str(DOCS))
+    import recovery_tables
+
+    page = (DOCS / "recovery.md").read_text(encoding="utf-8")
+    for name, body in recovery_tables.parts(DOCS.parent / "benchmarks" / "results", _table, _facts):
+        page = _replaced(page, name, body)
+    return page
+
+
 PAGES = {
     "configuration.md": configuration,
     "metrics.md": metrics,
@@ -390,6 +402,7 @@ PAGES = {
     "how-to/gpu.md": gpu,
     "parallel.md": parallel,
     "kernels.md": kernels,
+    "recovery.md": recovery,
     "how-to/curriculum-by-bands.md": bands,
 }
 
