@@ -38,8 +38,9 @@ def saves(result: dict[str, Any]) -> str:
     )
     kept, kept_at_once = found["behind_over_none"], found["at_once_over_none"]
     return (
-        f"With a save every 20 steps of the quickstart a run keeps {kept:.2f} of its tokens per second ({kept_at_once:.2f} "
-        f"with `checkpoint.behind: false`); a save holds a step up for {behind * 1000:.0f} ms ({at_once * 1000:.0f} ms)."
+        f"With a save every 20 steps of the quickstart a run keeps {kept:.2f} of its tokens per second "
+        f"({kept_at_once:.2f} with `checkpoint.behind: false`); a save holds a step up for {behind * 1000:.0f} ms "
+        f"({at_once * 1000:.0f} ms)."
     )
 
 
