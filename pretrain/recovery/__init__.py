@@ -9,5 +9,5 @@
     fault_points.py  the places at which tests kill a process
 
 Open `loss_guard.py` first. How checkpoints are written: `pretrain/checkpoint.py`, `parallel/background_write.py`.
-What each failure looks like to the person at the screen: docs/operations.md.
+What each failure looks like to the person at the screen: docs/recovery.md.
 """
