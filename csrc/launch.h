@@ -35,7 +35,8 @@
 #define HEADRACE_LAUNCH(kernel, blocks, threads, stream, ...) \
   HEADRACE_LAUNCH_SHARED(kernel, blocks, threads, 0, stream, __VA_ARGS__)
 #define HEADRACE_LAUNCH_SHARED(kernel, blocks, threads, bytes, stream, ...) \
-  (static_cast<void>(stream), ::headrace::emulator::launch(#kernel, blocks, threads, bytes, [&] { kernel(__VA_ARGS__); }))
+  (static_cast<void>(stream),                                               \
+   ::headrace::emulator::launch(#kernel, blocks, threads, bytes, [&] { kernel(__VA_ARGS__); }))
 #define HEADRACE_LAUNCH_STATUS() ::headrace::emulator::launch_status()
 #define HEADRACE_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::headrace::emulator::dynamic_shared())
 
