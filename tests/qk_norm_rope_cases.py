@@ -110,8 +110,10 @@ def _bounds(case: Case) -> dict[str, torch.Tensor]:
     normalised = largest * scale
     out = 2 * (normalised * weight + bias)
     tokens, groups, _, size = case.qkv.shape
-    grad = torch.cat([case.grads[0].unflatten(1, (groups, -1)) if tokens * groups else heads[:, :, :-1],
-                      case.grads[1].unsqueeze(2)], dim=2)
+    grad = torch.cat(
+        [case.grads[0].unflatten(1, (groups, -1)) if tokens * groups else heads[:, :, :-1], case.grads[1].unsqueeze(2)],
+        dim=2,
+    )
     arriving = 2 * grad.abs().amax(-1, keepdim=True)
     value = torch.zeros_like(largest[:, :, :1])
     summed = (arriving * normalised).sum()

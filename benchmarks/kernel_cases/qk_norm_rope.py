@@ -10,7 +10,7 @@ from parallel.kernels import qk_norm_rope
 from parallel.kernels.qk_norm_rope import HeadNorm, QueryKeyValue
 from parallel.rotary import rotary_table, rotate
 
-# (tokens, query heads, key/value heads, head size, norm): wonton's, qwen3's of 1.7B and 8B, llama's of 8B, which has none.
+# (tokens, query heads, key and value heads, head size, norm) of wonton, qwen3 1.7B and 8B, and llama 8B (no norm).
 SHAPES = (
     (2048, 16, 16, 64, "LayerNorm"),
     (4096, 16, 8, 128, "RMSNorm"),

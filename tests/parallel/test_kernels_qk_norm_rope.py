@@ -238,7 +238,9 @@ def test_what_it_does_not_take_is_refused(
 def test_positions_outside_the_tables_are_refused(position: int) -> None:
     positions = CASE.positions.clone()
     positions[4] = position
-    with pytest.raises(RuntimeError, match=rf"position {position} of token 4 is not in cos and sin, which have 50 rows"):
+    with pytest.raises(
+        RuntimeError, match=rf"position {position} of token 4 is not in cos and sin, which have 50 rows"
+    ):
         fused(*changed(CASE, positions=positions))  # type: ignore[arg-type]
 
 

@@ -113,9 +113,7 @@ def test_one_process(family: str, precision: str, recompute: str) -> None:
     assert_activations_are_near(found["activations"], stage, config)
 
 
-@pytest.mark.skipif(
-    bool(extension.problem_on("qk_norm_rope_forward", "cpu")), reason=f"kernels: {extension.problem()}"
-)
+@pytest.mark.skipif(bool(extension.problem_on("qk_norm_rope_forward", "cpu")), reason=f"kernels: {extension.problem()}")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("qwen3", "bf16"), ("wonton", "fp32")])
 def test_fused_queries_and_keys(family: str, precision: str, recompute: str) -> None:
