@@ -91,7 +91,7 @@ def _liger() -> Form:
     def form(
         qkv: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: HeadNorm | None
     ) -> QueryKeyValue:
-        query, key, value = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+        query, key, value = torch.split(qkv, [qkv.shape[2] - 2, 1, 1], dim=2)
         query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
         if norm is not None:
             query = normalised(query, norm.query_weight, norm.query_bias, norm.eps)

@@ -72,8 +72,8 @@ def reference(
     `qkv` [tokens, groups, queries per group + 2, head size], `positions` int[tokens], `cos` and `sin` [positions there
     are, head size / 2] as `parallel.rotary.rotary_table` makes them.
     """
-    _, groups, parts, _ = qkv.shape
-    query, key, value = qkv.split([parts - 2, 1, 1], dim=2)
+    tokens, groups, parts, size = qkv.shape
+    query, key, value = torch.split(qkv, [parts - 2, 1, 1], dim=2)
     query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
     if norm is not None:
         query = _normalised(query, norm.query_weight, norm.query_bias, norm.eps)
@@ -82,7 +82,7 @@ def reference(
     query, key = rotate(query, *angles), rotate(key, *angles)
     lengths = None
     if with_lengths:
-        heads = torch.cat([query.detach().unflatten(1, (groups, parts - 2)), key.detach().unsqueeze(2)], dim=2)
+        heads = torch.cat([query.detach().view(tokens, groups, parts - 2, size), key.detach().unsqueeze(2)], dim=2)
         lengths = torch.linalg.vector_norm(heads, dim=-1, dtype=max(qkv.dtype, torch.float32, key=lambda d: d.itemsize))
     return QueryKeyValue(query, key, value, lengths)
 

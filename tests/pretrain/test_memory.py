@@ -121,7 +121,7 @@ def test_fused_queries_and_keys(family: str, precision: str, recompute: str) -> 
     config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"qk_norm_rope": "fused"})})
     [stage] = estimated(config, Layout(1), HERE._replace(fused_qk_norm_rope=True))
     [unfused] = estimated(config, Layout(1))
-    assert recompute == "full" or stage.activations < unfused.activations
+    assert recompute != "none" or stage.activations <= unfused.activations
     assert_activations_are_near(measured(config, Layout(1))["activations"], stage, config)
 
 
