@@ -17,6 +17,7 @@ number of queries and keys, and backward 6 for these and 4 for each number of va
 each head (two for LayerNorm). It computes in fp32 and rounds once.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ import torch.nn.functional as F
 
 from parallel.kernels import extension
 from parallel.kernels.choice import Kernel
-from parallel.rotary import rotate
+from parallel.kernels.self_test import Trial
+from parallel.rotary import rotary_table, rotate
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
@@ -237,6 +239,23 @@ def _backward_shape(
     statistics: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(qkv), statistics.new_empty((2, statistics.shape[-1], qkv.shape[-1]))
+
+
+def _trial_inputs() -> tuple[torch.Tensor, ...]:
+    """512 tokens of 16 + 4 heads of 128, under LayerNorm."""
+    tables = rotary_table(512, 128, 1e4, torch.float64, torch.device("cpu"))
+    vectors = torch.randn(4, 128, dtype=torch.float64).unbind()
+    return torch.randn(512, 4, 6, 128, dtype=torch.float64), torch.randint(0, 512, (512,)), *tables, *vectors
+
+
+def _tried(form: Callable[..., QueryKeyValue]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def three(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return form(*inputs[:4], HeadNorm(*inputs[4:]))[:3]
+
+    return three
+
+
+TRIAL = Trial(KERNEL, _trial_inputs, _tried(fused), _tried(reference))
 
 
 def _register() -> None:
