@@ -323,6 +323,13 @@ def test_the_choice_says_why() -> None:
     assert choose(qk_norm_rope.KERNEL, "torch", "cpu") == ("torch", "asked for")
 
 
+@built
+def test_a_library_built_before_an_operator_was_there_is_no_error() -> None:
+    assert extension.problem_on("no_such_operator", "cpu").startswith(
+        "the library that was built is older than no_such_operator; pip install"
+    )
+
+
 def test_without_the_library_it_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "problem", lambda: "not built")
     assert choose(qk_norm_rope.KERNEL, "auto", "cpu") == ("torch", "not built")
