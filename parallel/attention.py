@@ -43,6 +43,10 @@ class PackedDocuments(PackedSeqParams):  # type: ignore[misc]
     cos: torch.Tensor | None = None
     """[local tokens, 1, head_size / 2], by each token's position in its document."""
     sin: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    """int64[local tokens]: each token's position in its document, a row of `rotary`."""
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosines and sines of all positions, [positions, head_size / 2] each."""
     share: Share | None = None
     """This rank's part, under context parallelism."""
     prefixes: prefix_attention.Prefixes | None = None
@@ -90,6 +94,8 @@ def pack_documents(
         key_lengths=key_lengths,
         cos=cos[position_ids].unsqueeze(1),
         sin=sin[position_ids].unsqueeze(1),
+        positions=position_ids,
+        rotary=(cos, sin),
         share=share,
         prefixes=prefixes,
     )
@@ -109,8 +115,12 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     """
 
     observer: Callable[[Pair, Pair, PackedDocuments], None] | None = None
-    """Is shown, in measured steps (`pretrain.dynamics`), the queries and keys of this rank's tokens and those that it
-    multiplies; they differ under context parallelism."""
+    """Is shown, in measured steps (`pretrain.dynamics`), the lengths (2-norms) of the queries and keys of this rank's
+    tokens, and the queries and keys that it multiplies; under context parallelism those are others."""
+    rotates: bool = True
+    """False: queries and keys come rotated (`parallel/self_attention.py`)."""
+    lengths: Pair | None = None
+    """With `rotates` off and an observer: the lengths, float32[tokens, ...] of queries and of keys."""
 
     def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -131,20 +141,29 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         assert documents is not None, "every batch is packed; call the model with packed_seq_params"
         assert documents.cos is not None
         assert documents.sin is not None
-        query = rotate(query, documents.cos, documents.sin)
-        key = rotate(key, documents.cos, documents.sin)
-        own, share = (query, key), documents.share
+        if self.rotates:
+            query = rotate(query, documents.cos, documents.sin)
+            key = rotate(key, documents.cos, documents.sin)
+            if self.observer is not None:
+                self.lengths = _lengths(query), _lengths(key)
+        lengths, share, self.lengths = self.lengths, documents.share, None
         swaps = share is not None and share.method == "all_to_all"
         if share is not None and swaps:
             query, key, value = tokens_to_heads(query, key, value, share, self.cp_group)
         elif share is not None:
             key, value = gather_keys(key, value, share, self.cp_group)
-        if self.observer is not None:
-            self.observer(own, (query, key), documents)
+        if self.observer is not None and lengths is not None:
+            self.observer(lengths, (query, key), documents)
         out = _attend(query, key, value, documents, self.softmax_scale)
         if share is not None and swaps:
             out = heads_to_tokens(out, share, self.cp_group)
         return out.reshape(out.size(0), -1)
+
+
+def _lengths(heads: torch.Tensor) -> torch.Tensor:
+    """float32[tokens, heads]"""
+    lengths: torch.Tensor = torch.linalg.vector_norm(heads.detach(), dim=-1, dtype=torch.float32)
+    return lengths
 
 
 def active_kernel(dtype: torch.dtype) -> str:

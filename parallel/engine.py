@@ -64,6 +64,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import RowParallelLinear, all_to_all, gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -97,6 +98,7 @@ __all__ = [
     "ParamKey",
     "ParamWithNamePredicate",
     "RowParallelLinear",
+    "SelfAttention",
     "ShardedTensor",
     "ShardedTensorFactory",
     "TopKRouter",

@@ -16,6 +16,7 @@ from parallel.engine import (
 )
 from parallel.kernels import swiglu
 from parallel.norms import Norm
+from parallel.self_attention import FusedSelfAttention
 
 
 class AddingRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
@@ -85,6 +86,8 @@ def block_spec(config: Any, vp_stage: int | None = None) -> Any:
         for each in mlps:
             each.activation_func = swiglu.fused
     attention.core_attention = PackedAttention
+    if getattr(config, "fused_qk_norm_rope", False):
+        parts.self_attention.module = FusedSelfAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
 
 

@@ -158,13 +158,15 @@ def _stretch(
 def kernels_of(config: RunConfig) -> Kernels:
     """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
     gpu = config.train.precision != "fp32"
-    choice = config.kernels.swiglu
-    if choice == "auto" and not gpu:
-        from parallel.kernels import swiglu
+    fused = {"swiglu": config.kernels.swiglu == "fused", "qk_norm_rope": config.kernels.qk_norm_rope == "fused"}
+    if not gpu:
+        from parallel.kernels import qk_norm_rope, swiglu
         from parallel.kernels.choice import choose
 
-        choice = choose(swiglu.KERNEL, "auto", "cpu")[0]
-    return Kernels(gpu=gpu, fused_swiglu=choice == "fused")
+        for kernel in (swiglu.KERNEL, qk_norm_rope.KERNEL):
+            if getattr(config.kernels, kernel.name) == "auto":
+                fused[kernel.name] = choose(kernel, "auto", "cpu")[0] == "fused"
+    return Kernels(gpu=gpu, fused_swiglu=fused["swiglu"], fused_qk_norm_rope=fused["qk_norm_rope"])
 
 
 def _memory(stage: StageMemory) -> dict[str, int]:

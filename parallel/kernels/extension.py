@@ -26,6 +26,8 @@ def problem_on(operator: str, device: str) -> str:
     """Why `torch.ops.headrace.<operator>` cannot run on `device` ("cpu" or "cuda"); "" when it can."""
     if problem():
         return problem()
+    if not torch._C._dispatch_has_kernel(f"headrace::{operator}"):
+        return f"the library that was built is older than {operator}; {HOW_TO_BUILD}"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"headrace::{operator}", device.upper()):
         return ""
     return f"built without {device.upper()} kernels; HEADRACE_CUDA=1 {HOW_TO_BUILD}, with nvcc"

@@ -122,3 +122,6 @@ class KernelsConfig(StrictModel):
 
     swiglu: Literal["auto", "torch", "fused"] = "auto"
     """Activation of the MLP in `llama` and `qwen3`; `fused` is refused where it is not built."""
+    qk_norm_rope: Literal["auto", "torch", "fused"] = "auto"
+    """Norm (where the model has one) and rotary embedding of queries and keys, out of the fused QKV projection; `fused`
+    is refused where it is not built, and for fp16."""

@@ -66,12 +66,11 @@ class Activations:
 
     @torch.no_grad()
     def _attention(
-        self, place: int, scale: float | None, own: Pair, multiplied: Pair, documents: PackedDocuments
+        self, place: int, scale: float | None, lengths: Pair, multiplied: Pair, documents: PackedDocuments
     ) -> None:
         if not self._open:
             return
-        for kind, heads in zip(("query_norm", "key_norm"), own, strict=True):
-            norms = torch.linalg.vector_norm(heads.detach(), dim=-1, dtype=torch.float32)
+        for kind, norms in zip(("query_norm", "key_norm"), lengths, strict=True):
             self._totals.add(kind, place, norms.sum(), norms.numel())
         self._totals.add_largest(place, largest_logit(*multiplied, documents, scale))
 

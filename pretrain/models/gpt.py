@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from headrace.errors import ConfigError
 from parallel import accelerator
 from parallel.engine import GPTModel, TransformerConfig, parallel_state
-from parallel.kernels import choice, swiglu
+from parallel.kernels import choice, qk_norm_rope, swiglu
 from parallel.layout import Layout
 from parallel.spec import block_spec, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
@@ -70,8 +70,8 @@ def transformer_config(
 ) -> Any:
     """megatron-core's `TransformerConfig` for `config` under `layout`; raises ConfigError for kernels not to be had."""
     family, dtype = FAMILIES[config.family], DTYPES[precision]
-    virtual = layout.virtual_pipeline_parallel_size
-    return TransformerConfig(
+    virtual, kernels = layout.virtual_pipeline_parallel_size, kernels or KernelsConfig()
+    megatron = TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -85,7 +85,7 @@ def transformer_config(
         gated_linear_unit=family.gated,
         activation_func=F.silu if family.gated else F.gelu,
         # Has nothing to do with TransformerEngine here, see block_spec.
-        use_te_activation_func=_swiglu_is_fused(config, kernels or KernelsConfig(), dtype),
+        use_te_activation_func=_swiglu_is_fused(config, kernels, dtype),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_dropout_fusion=False,
@@ -115,6 +115,8 @@ def transformer_config(
         **_mixture_of_experts(config, layout),
         **_recompute(config, recompute),
     )
+    megatron.fused_qk_norm_rope = _qk_norm_rope_is_fused(kernels, dtype)  # megatron has no such field; for block_spec
+    return megatron
 
 
 def _mixture_of_experts(config: ModelConfig, layout: Layout) -> dict[str, Any]:
@@ -151,6 +153,14 @@ def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig, dtype: torch.d
             raise ConfigError("kernels.swiglu: fused does not take fp16; leave the key out")
         return False
     return choice.choose(swiglu.KERNEL, kernels.swiglu, accelerator.device().type)[0] == "fused"
+
+
+def _qk_norm_rope_is_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:
+    if dtype not in qk_norm_rope.DTYPES:
+        if kernels.qk_norm_rope == "fused":
+            raise ConfigError("kernels.qk_norm_rope: fused does not take fp16; leave the key out")
+        return False
+    return choice.choose(qk_norm_rope.KERNEL, kernels.qk_norm_rope, accelerator.device().type)[0] == "fused"
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,8 @@ class Kernels(NamedTuple):
     and all together) and RMSNorm also x and x/rms in fp32."""
     fused_swiglu: bool = False
     """Keeps neither silu(gate) nor the activation's factors."""
+    fused_qk_norm_rope: bool = False
+    """Keeps the fused projection's output, and of queries and keys only what attention multiplies."""
 
 
 GPU = Kernels()
@@ -219,6 +221,10 @@ def _block(model: ModelConfig, layout: Layout, itemsize: int, kernels: Kernels) 
             qkv += 8 * (width + key_value)
         attention_input = itemsize * (width + key_value)
     rotated = itemsize * (width + key_value)
+    if kernels.fused_qk_norm_rope:
+        statistics = (1 if family.normalization == "RMSNorm" else 2) if has_qk_norm(model) else 0
+        qkv = itemsize * (width + 2 * key_value) + 4 * statistics * (heads + key_value // head_size(model))
+        attention_input = rotated  # and not made again, but counted so
     if layout.context_parallel_method == "all_to_all":
         rotated += itemsize * (key_value + width)  # what is swapped: values, and the output of some heads
     elif layout.context_parallel_size > 1:

@@ -9,6 +9,7 @@ from process_group import run_ranks
 from tiny_run import BATCH, SEQ_LEN, VOCAB, tiny_batch, tiny_config, tiny_state
 
 from parallel import process_groups
+from parallel.kernels import extension
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.models.memory import Batch, Kernels, StageMemory, memory_by_stage
@@ -79,16 +80,18 @@ def measured(config: RunConfig, layout: Layout) -> dict[str, int]:
     }
 
 
-def estimated(config: RunConfig, layout: Layout) -> list[StageMemory]:
+def estimated(config: RunConfig, layout: Layout, kernels: Kernels = HERE) -> list[StageMemory]:
     train = config.train
     micro_batches = BATCH // layout.data_parallel_size // train.micro_batch_size
     batch = Batch(SEQ_LEN, train.micro_batch_size, micro_batches)
-    return memory_by_stage(config.model, VOCAB, layout, batch, train.precision, train.recompute, HERE, config.optimizer)
+    optimizer = config.optimizer
+    return memory_by_stage(config.model, VOCAB, layout, batch, train.precision, train.recompute, kernels, optimizer)
 
 
 def config_of(family: str, **changes: Any) -> RunConfig:
     config = tiny_config(family, **changes)
-    return config.model_copy(update={"kernels": config.kernels.model_copy(update={"swiglu": "torch"})})
+    kernels = config.kernels.model_copy(update={"swiglu": "torch", "qk_norm_rope": "torch"})
+    return config.model_copy(update={"kernels": kernels})
 
 
 def assert_activations_are_near(kept: int, stage: StageMemory, config: RunConfig) -> None:
@@ -109,6 +112,18 @@ def test_one_process(family: str, precision: str, recompute: str) -> None:
     expected = standing(stage)
     assert {key: found[key] for key in expected} == expected
     assert_activations_are_near(found["activations"], stage, config)
+
+
+@pytest.mark.skipif(bool(extension.problem_on("qk_norm_rope_forward", "cpu")), reason=f"kernels: {extension.problem()}")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("qwen3", "bf16"), ("wonton", "fp32")])
+def test_fused_queries_and_keys(family: str, precision: str, recompute: str) -> None:
+    config = config_of(family, precision=precision, recompute=recompute)
+    config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"qk_norm_rope": "fused"})})
+    [stage] = estimated(config, Layout(1), HERE._replace(fused_qk_norm_rope=True))
+    [unfused] = estimated(config, Layout(1))
+    assert recompute != "none" or stage.activations <= unfused.activations
+    assert_activations_are_near(measured(config, Layout(1))["activations"], stage, config)
 
 
 def standing(stage: StageMemory) -> dict[str, int]:
