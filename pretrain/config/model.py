@@ -122,3 +122,6 @@ class KernelsConfig(StrictModel):
 
     swiglu: Literal["auto", "torch", "fused"] = "auto"
     """Activation of the MLP in `llama` and `qwen3`; `fused` is refused where it is not built."""
+    head: Literal["auto", "torch", "fused"] = "auto"
+    """Output layer and loss; `fused` never has the logits of more than a part of a micro-batch's tokens in memory. It
+    is refused where it is not built, and for fp16."""
