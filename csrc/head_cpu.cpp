@@ -171,7 +171,8 @@ HEADRACE_INLINE void finish(const HeadLogits& at, const HeadLoss& loss, const Ro
     for (int part = 0; part < at.parts; ++part) {
       const int64_t begin = std::min(part * at.part_width, at.columns);
       const int64_t end = std::min(begin + at.part_width, at.columns);
-      const float of_part = kept[2 * part] == -kInfinity ? 0.0f : factor * exp(kept[2 * part] - row.maximum);
+      const float scale = kept[2 * part] == -kInfinity ? 0.0f : exp(kept[2 * part] - row.maximum);
+      const float of_part = factor * scale;
       for (int64_t i = begin; i < end; ++i) logits[i] *= of_part;
     }
   }

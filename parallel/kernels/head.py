@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import torch
 
-from headrace.errors import ConfigError
-from parallel.kernels import Choice, Implementation, extension
+from parallel.kernels import extension
+from parallel.kernels.choice import Kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
-FASTER_ON = frozenset({"cpu"})
-"""Devices where `benchmarks/kernels.py` measured the fused form to be faster. No GPU was at hand."""
+KERNEL = Kernel("head", ("head_chunk_", "head_statistics", "head_gradient_"), faster_on=frozenset({"cpu"}))
+"""CUDA is missing in `faster_on` because no GPU was at hand: there `auto` is torch until somebody has measured."""
 IGNORE_INDEX = -100
 LOSS_UNIT = 2**24
 """Losses are counted in units of 1/LOSS_UNIT where the caller says nothing else: 16 million tokens of 12 nats are 3e15
@@ -52,22 +52,6 @@ class Losses(NamedTuple):
     """Sum of the row's logits, this rank's columns only."""
 
 
-def choose(choice: Choice, device: str) -> tuple[Implementation, str]:
-    """(form to use on `device` ("cpu" or "cuda"), why). Raises ConfigError when `fused` is asked for and not there."""
-    if choice == "torch":
-        return "torch", "asked for"
-    problem = extension.problem_on("head_chunk_", device)
-    if choice == "fused":
-        if problem:
-            raise ConfigError(f"kernels.head: fused is not available on {device}: {problem}; or set it to auto")
-        return "fused", "asked for"
-    if problem:
-        return "torch", problem
-    if device not in FASTER_ON:
-        return "torch", f"the fused kernel is there, but was not measured on {device} yet; kernels.head=fused uses it"
-    return "fused", f"faster than torch on {device}"
-
-
 def reference(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -88,7 +72,7 @@ def reference(
     valid = labels != ignore_index
     at = labels.clamp(min=0)[:, None]
     log_z, (highest, first) = logits.logsumexp(1), logits.max(dim=1)
-    reported = (log_z - logits.gather(1, at)[:, 0]).where(valid, 0.0)
+    reported = -torch.log_softmax(logits, dim=1).gather(1, at)[:, 0].where(valid, 0.0)
     terms = (z_loss * log_z.square() + max_z_loss * highest.square()).where(valid, 0.0)
     weight = weights.to(logits.dtype).where(valid, 0.0)
     gradient = torch.softmax(logits, dim=1) * (weight * (1.0 + 2.0 * z_loss * log_z))[:, None]

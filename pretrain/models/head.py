@@ -15,6 +15,7 @@ import torch
 from headrace.errors import ConfigError
 from parallel import accelerator
 from parallel.kernels import head
+from parallel.kernels.choice import choose
 from parallel.kernels.linear_cross_entropy import Head, HeadLoss
 from parallel.layout import Layout
 from parallel.output_layer import OutputLayer, Targets
@@ -33,7 +34,7 @@ def head_is_fused(kernels: KernelsConfig, dtype: torch.dtype, layout: Layout) ->
         if kernels.head == "fused":
             raise ConfigError(f"kernels.head: fused {problem}; leave the key out")
         return False
-    return head.choose(kernels.head, accelerator.device().type)[0] == "fused"
+    return choose(head.KERNEL, kernels.head, accelerator.device().type)[0] == "fused"
 
 
 def fuse_head(chunk: Any, layout: Layout) -> None:
