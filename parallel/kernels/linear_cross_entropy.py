@@ -206,8 +206,7 @@ def _losses_(
         return head.fused_(logits, labels, token_weights, sources, counters, **how)  # type: ignore[arg-type]
     rank, ranks = options.group.rank(), options.group.size()
     own = head.statistics(logits, labels, rank, ranks, options.ignore_index)
-    gathered = own.new_empty(ranks, *own.shape)
-    dist.all_gather_into_tensor(gathered, own, group=options.group)
+    gathered = _gathered(own, options.group).view(ranks, *own.shape)
     return head.gradient_(logits, gathered, labels, token_weights, sources, counters, rank, **how)  # type: ignore[arg-type]
 
 

@@ -181,6 +181,7 @@ def build_model(
     weights depend on `seed` and their place in the model only, not on the layout.
     """
     megatron = transformer_config(config, layout, precision, recompute, kernels)
+    fused_head = head_is_fused(kernels or KernelsConfig(), DTYPES[precision], layout)
     chunks = []
     for stage in range(layout.model_chunks):
         vp_stage = stage if layout.virtual_pipeline_parallel_size else None
@@ -196,7 +197,7 @@ def build_model(
             vp_stage=vp_stage,
         )
         chunk.z_loss, chunk.max_z_loss = config.z_loss, config.max_z_loss
-        chunk.fused_head = chunk.post_process and head_is_fused(kernels or KernelsConfig(), DTYPES[precision], layout)
+        chunk.fused_head = fused_head and chunk.post_process
         if chunk.fused_head:
             fuse_head(chunk, layout)
         if chunk.post_process:

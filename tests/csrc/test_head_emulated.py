@@ -34,7 +34,9 @@ def random_case(rows: int, columns: int, dtype: torch.dtype, offset: int = 0) ->
 def whole(kernels: emulated.Emulated, case: tuple[torch.Tensor, ...], z_loss: float, max_z_loss: float) -> Loss:
     """(losses, gradient of the logits, counters) by one kernel."""
     before, counters = case[0].clone(), torch.zeros(SOURCES, 5, dtype=torch.int64)
-    losses = kernels.ops.head_chunk_(*case, counters, z_loss, max_z_loss, float(head.LOSS_UNIT), head.IGNORE_INDEX, True)
+    losses = kernels.ops.head_chunk_(
+        *case, counters, z_loss, max_z_loss, float(head.LOSS_UNIT), head.IGNORE_INDEX, True
+    )
     emulated.check_canaries(case[0])
     gradient = case[0].clone()
     case[0].copy_(before)
@@ -100,9 +102,7 @@ def test_agrees_with_float64_on_a_large_vocabulary(kernels: emulated.Emulated, d
 
 @pytest.mark.parametrize("dtype", head.DTYPES)
 @pytest.mark.parametrize("ranks", [2, 16])
-def test_how_the_vocabulary_is_split_changes_no_bit(
-    kernels: emulated.Emulated, ranks: int, dtype: torch.dtype
-) -> None:
+def test_how_the_vocabulary_is_split_changes_no_bit(kernels: emulated.Emulated, ranks: int, dtype: torch.dtype) -> None:
     case = random_case(4, 2048, dtype)
     losses, gradient, counters = whole(kernels, case, 1e-2, 1e-2)
     found = emulated.under_every_schedule(kernels, lambda: split(kernels, case, ranks, 1e-2), seeds=1)
