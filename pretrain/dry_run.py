@@ -155,13 +155,14 @@ def _stretch(
 def kernels_of(config: RunConfig) -> Kernels:
     """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
     gpu = config.train.precision != "fp32"
-    choice = config.kernels.swiglu
-    if choice == "auto" and not gpu:
-        from parallel.kernels import swiglu
+    choice, head_choice = config.kernels.swiglu, config.kernels.head
+    if not gpu:
+        from parallel.kernels import head, swiglu
         from parallel.kernels.choice import choose
 
-        choice = choose(swiglu.KERNEL, "auto", "cpu")[0]
-    return Kernels(gpu=gpu, fused_swiglu=choice == "fused")
+        choice = choose(swiglu.KERNEL, "auto", "cpu")[0] if choice == "auto" else choice
+        head_choice = choose(head.KERNEL, "auto", "cpu")[0] if head_choice == "auto" else head_choice
+    return Kernels(gpu=gpu, fused_swiglu=choice == "fused", fused_head=head_choice == "fused")
 
 
 def _memory(stage: StageMemory) -> dict[str, int]:

@@ -23,17 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from parallel.kernels import head
-
-WORKSPACE_BYTES = 1_150_000_000
-"""Logits of one chunk on a GPU: 4,096 tokens of 139,776 columns in bf16. Every chunk reads and writes the weight's fp32
-gradient once, which at 512 tokens costs 34 ms of the 100 ms that the three products of a 1.8B model take on an H100, at
-4,096 tokens 4 ms."""
-WORKSPACE_BYTES_CPU = 2**28
-"""On a CPU, where products reach their speed with fewer rows."""
-ROWS = 128
-"""Chunks have a multiple of so many rows where they have that many: whole tiles of the matrix products."""
+from parallel.kernels.head_chunks import WORKSPACE_BYTES, WORKSPACE_BYTES_CPU, chunk_rows
+from parallel.kernels.self_test import Trial
 
 
 class HeadLoss(NamedTuple):
@@ -72,19 +66,6 @@ class Head:
     """Size of a chunk's logits; None: as the device asks."""
 
 
-def chunk_rows(tokens: int, columns: int, itemsize: int, workspace_bytes: int) -> int:
-    """Tokens of a chunk: as many as the workspace takes, at least one, and in equal chunks.
-
-    `chunk_rows(6000, 139776, 2, 1_150_000_000)` is 3072: two chunks instead of one of 4,096 and a smaller one.
-    """
-    most = max(1, workspace_bytes // (columns * itemsize))
-    tile = ROWS if most >= ROWS else 1
-    most -= most % tile
-    chunks = max(1, -(-tokens // most))
-    rows = -(-tokens // chunks)
-    return max(1, rows + -rows % tile)
-
-
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -116,6 +97,42 @@ def linear_cross_entropy(
         hidden, weight, labels, token_weights, sources, num_sources, options, torch.is_grad_enabled()
     )
     return HeadLoss(*outputs)
+
+
+def reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    z_loss: float = 0.0,
+    max_z_loss: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(total, reported) by torch's own operators and autograd, for a vocabulary that is not split; float64 too."""
+    logits = torch.mm(hidden, weight.t())
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    reported = F.cross_entropy(scores, labels, reduction="none", ignore_index=head.IGNORE_INDEX)
+    terms = z_loss * scores.logsumexp(1).square() + max_z_loss * scores.amax(1).square()
+    minimised = reported + terms.where(labels != head.IGNORE_INDEX, 0.0)
+    return (minimised * token_weights).sum(), reported.detach()
+
+
+def _trial_inputs() -> tuple[torch.Tensor, ...]:
+    tokens, width, vocabulary = 256, 64, 8192
+    weight = torch.randn(vocabulary, width, dtype=torch.float64) / 8
+    return torch.randn(tokens, width, dtype=torch.float64), weight, torch.randint(0, vocabulary, (tokens,))
+
+
+def _trial_fused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return linear_cross_entropy(hidden, weight, labels, None, torch.zeros_like(labels), 1, Head(z_loss=1e-4))[:2]
+
+
+def _trial_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference(hidden, weight, labels, torch.ones(labels.shape, device=labels.device), z_loss=1e-4)
+
+
+TRIAL = Trial(head.KERNEL, _trial_inputs, _trial_fused, _trial_reference)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

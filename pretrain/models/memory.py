@@ -5,8 +5,8 @@
     optimizer    Adam's two moments, under bf16 and fp16 the master weights: 8 or 12 bytes a parameter; with
                  parallel.distributed_optimizer shared out over data- and context-parallel ranks (ZeRO-1)
     activations  what autograd keeps of a block for one token, times layers, tokens and micro-batches in flight
-    logits       float32[tokens, vocabulary / tp], in half precision a copy in it while they are made, and the last
-                 norm's input and output
+    logits       float32[tokens, vocabulary / tp], in half precision a copy in it while they are made, or those of one
+                 chunk of the fused head; and the last norm's input and output
     recomputed   what one block makes again in the backward pass
     inputs       all micro-batches of a step, with the cosines and sines of their positions
 
@@ -31,6 +31,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from parallel.kernels.head_chunks import WORKSPACE_BYTES, WORKSPACE_BYTES_CPU, chunk_rows
 from parallel.layout import Layout
 from pretrain.config import ModelConfig
 from pretrain.models.sizes import FAMILIES, attention_width, has_qk_norm, head_size, query_groups
@@ -56,6 +57,8 @@ class Kernels(NamedTuple):
     and all together) and RMSNorm also x and x/rms in fp32."""
     fused_swiglu: bool = False
     """Keeps neither silu(gate) nor the activation's factors."""
+    fused_head: bool = False
+    """Has the logits of a part of the tokens, and keeps the gradient of the last norm's output."""
 
 
 GPU = Kernels()
@@ -135,7 +138,12 @@ def _stage(
     activations = _in_flight(layout, stage, batch.micro_batches) * layers * kept
     logits = 0
     if stage == layout.pipeline_parallel_size - 1:
-        logits = block.final + vocab_size // layout.tensor_parallel_size * (4 + (itemsize if itemsize < 4 else 0))
+        columns = vocab_size // layout.tensor_parallel_size
+        logits = tokens * (block.final + columns * (4 + (itemsize if itemsize < 4 else 0)))
+        if kernels.fused_head:
+            space = WORKSPACE_BYTES if kernels.gpu else WORKSPACE_BYTES_CPU
+            rows = min(tokens, chunk_rows(tokens, columns, itemsize, space))
+            logits = rows * columns * itemsize + tokens * (block.final + model.hidden_size * itemsize)
     inputs = BYTES_PER_INPUT + head_size(model) * itemsize + _indices(layout)
     return StageMemory(
         stage=stage,
@@ -144,7 +152,7 @@ def _stage(
         gradients=stored * 4,
         optimizer=stored // shards * (8 + masters),
         activations=tokens * activations,
-        logits=tokens * logits,
+        logits=logits,
         recomputed=tokens * again,
         inputs=tokens * inputs * batch.micro_batches,
     )

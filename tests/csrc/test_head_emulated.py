@@ -18,7 +18,7 @@ def kernels() -> emulated.Emulated:
 
 
 def random_case(rows: int, columns: int, dtype: torch.dtype, offset: int = 0) -> tuple[torch.Tensor, ...]:
-    """(logits, labels, weights, sources); row 0 has two equal maxima, the last one is ignored, the one before weighs 0."""
+    """(logits, labels, weights, sources); row 0 has two equal maxima, the last is ignored, the one before weighs 0."""
     generator = torch.Generator().manual_seed(rows * columns)
     logits = emulated.guarded((rows, columns), dtype, offset)
     logits.copy_(torch.randn(logits.shape, generator=generator) * 4)

@@ -9,7 +9,8 @@ from process_group import run_ranks
 from parallel import process_groups
 from parallel.engine import parallel_state
 from parallel.kernels import extension, head
-from parallel.kernels.linear_cross_entropy import Head, HeadLoss, chunk_rows, linear_cross_entropy
+from parallel.kernels.head_chunks import chunk_rows
+from parallel.kernels.linear_cross_entropy import Head, HeadLoss, linear_cross_entropy
 from parallel.layout import Layout
 
 pytestmark = pytest.mark.skipif(bool(extension.problem()), reason=f"kernels: {extension.problem()}")
@@ -190,7 +191,7 @@ def test_what_does_not_fit_is_refused() -> None:
     case = random_case()
     with pytest.raises(ValueError, match=r"hidden \[52, 24\] and weight \[256, 20\] must be"):
         linear_cross_entropy(case[0], case[1][:, :20], *case[2:], SOURCES)
-    with pytest.raises(TypeError, match="hidden is torch.bfloat16, weight torch.float32; they must be the same"):
+    with pytest.raises(TypeError, match=r"hidden is torch\.bfloat16, weight torch\.float32; they must be the same"):
         linear_cross_entropy(case[0].bfloat16(), *case[1:], SOURCES)
-    with pytest.raises(TypeError, match="labels are torch.int32"):
+    with pytest.raises(TypeError, match=r"labels are torch\.int32"):
         linear_cross_entropy(*case[:2], case[2].int(), *case[3:], SOURCES)

@@ -1,4 +1,4 @@
-"""`kernels: {head: fused}` in a run: one loss curve with torch, in every layout, and whatever else hangs on the head."""
+"""`kernels: {head: fused}` in a run: one loss curve with torch in every layout, and what else hangs on the head."""
 
 import math
 from typing import Any
