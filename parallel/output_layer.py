@@ -34,7 +34,8 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
     @staticmethod
     def adopt(layer: Any, head: Head) -> None:
         """Make an OutputLayer of megatron-core's output layer, which GPTModel builds without asking for its class."""
-        assert layer.bias is None and not layer.gather_output
+        assert layer.bias is None
+        assert not layer.gather_output
         layer.__class__, layer.head = OutputLayer, head
 
     def forward(

@@ -73,7 +73,7 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None,
     sources: torch.Tensor,
     num_sources: int,
-    options: Head = Head(),  # noqa: B008  (frozen)
+    options: Head = Head(),
 ) -> HeadLoss:
     """The loss of every token and of all, from the model's last hidden states.
 
