@@ -152,7 +152,8 @@ def test_the_worked_example() -> None:
     assert stage.total == sum(standing(stage).values()) + stage.inputs + stage.activations + stage.logits
     [fused] = memory_by_stage(PRESETS["llama-1b"], 128_256, layout, batch, kernels=Kernels(fused_head=True))
     assert fused.logits == 4096 * (128_256 * 2 + 2048 * 6 + 4)  # 4,096 tokens are one chunk
-    [longer] = memory_by_stage(PRESETS["llama-1b"], 128_256, layout, Batch(8192, 1, 8), kernels=Kernels(fused_head=True))
+    twice = Batch(8192, 1, 8)
+    [longer] = memory_by_stage(PRESETS["llama-1b"], 128_256, layout, twice, kernels=Kernels(fused_head=True))
     assert longer.logits - fused.logits == 4096 * (2048 * 6 + 4)  # and 8,192 are two
 
 
