@@ -158,15 +158,15 @@ def _stretch(
 def kernels_of(config: RunConfig) -> Kernels:
     """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
     gpu = config.train.precision != "fp32"
-    fused = {"swiglu": config.kernels.swiglu == "fused", "qk_norm_rope": config.kernels.qk_norm_rope == "fused"}
+    keys = ("swiglu", "qk_norm_rope", "head")
+    fused = {key: getattr(config.kernels, key) == "fused" for key in keys}
     if not gpu:
-        from parallel.kernels import qk_norm_rope, swiglu
-        from parallel.kernels.choice import choose
+        from parallel.kernels.choice import choose, kernels
 
-        for kernel in (swiglu.KERNEL, qk_norm_rope.KERNEL):
+        for kernel in (kernels()[key] for key in keys):
             if getattr(config.kernels, kernel.name) == "auto":
                 fused[kernel.name] = choose(kernel, "auto", "cpu")[0] == "fused"
-    return Kernels(gpu=gpu, fused_swiglu=fused["swiglu"], fused_qk_norm_rope=fused["qk_norm_rope"])
+    return Kernels(gpu=gpu, **{f"fused_{key}": fused[key] for key in keys})
 
 
 def _memory(stage: StageMemory) -> dict[str, int]:

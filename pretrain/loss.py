@@ -10,6 +10,7 @@ log Z is the log of the softmax's denominator. z-loss is PaLM's (arXiv 2204.0231
 by the number of tokens of the whole global batch, so splitting a batch differently changes nothing.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,32 @@ def loss_with_heads(
     total = total + head_weight / depth * torch.where(head_mask, minimised, 0.0).sum()
     own = source_report(reported.detach().flatten(), head_mask.flatten(), source_ids.repeat(depth), num_sources)
     return total, number, torch.cat([report, own])
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the losses of a micro-batch are summed with; a model that sums them itself is given it as `loss_mask`."""
+
+    loss_mask: torch.Tensor
+    """bool[1 + depth, tokens], of the model's own labels and of those of its multi-token heads."""
+    loss_weights: tuple[torch.Tensor | None, torch.Tensor | None]
+    """float32[1, tokens] and float32[depth, tokens]; None: all 1."""
+    source_ids: torch.Tensor
+    """int64[tokens]"""
+    num_sources: int
+    head_weight: float
+    """What the mean of the multi-token heads' losses is multiplied with."""
+
+
+def summed_by_the_model(
+    sums: tuple[torch.Tensor, torch.Tensor], loss_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `loss_function` or `loss_with_heads` gives, where the model's fused head has made the sums already.
+
+    `sums` are the sum to minimise and the report; `loss_mask` is bool[1, tokens].
+    """
+    total, report = sums
+    return total, loss_mask.sum(dtype=torch.int32), report
 
 
 def source_report(

@@ -19,7 +19,7 @@ from parallel.layout import Layout
 from parallel.process_groups import Ranks
 from pretrain.config import RunConfig
 from pretrain.dynamics import Dynamics, Measurement, NoiseScale
-from pretrain.loss import FIXED_POINT, loss_function, loss_with_heads
+from pretrain.loss import FIXED_POINT, LossInputs, loss_function, loss_with_heads, summed_by_the_model
 from pretrain.microbatch import MicroBatch
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.multi_token import AheadLabels, labels_ahead
@@ -180,7 +180,8 @@ def _run(
     multi-token heads three more, likewise of these."""
     mtp = None if forward_only else state.config.model.mtp
     weight = None if mtp is None else mtp.loss_weight
-    forward_step: Callable[..., Any] = partial(_forward_step, state.num_sources, weight)
+    summed = any(chunk.fused_head for chunk in state.chunks)
+    forward_step: Callable[..., Any] = partial(_forward_step, state.num_sources, weight, summed)
     if measurement is not None:
         forward_step = measurement.during(forward_step)
     reports = run_schedule(state, microbatches, forward_step, forward_only)
@@ -287,9 +288,16 @@ def place(microbatch: MicroBatch, state: TrainState) -> Placed:
     )
 
 
-def _forward_step(num_sources: int, head_weight: float | None, inputs: Iterator[Placed], model: Any) -> tuple[Any, Any]:
-    """What megatron's schedules call: a model chunk's output for the next micro-batch, and the loss of that output."""
+def _forward_step(
+    num_sources: int, head_weight: float | None, summed: bool, inputs: Iterator[Placed], model: Any
+) -> tuple[Any, Any]:
+    """What megatron's schedules call: a model chunk's output for the next micro-batch, and the loss of that output.
+
+    `summed`: the model's last chunk has a fused head, which gives sums instead of tokens' losses.
+    """
     batch = next(inputs)
+    if summed:
+        return _summed_forward_step(num_sources, head_weight, batch, model)
     labels, loss = batch.labels, loss_function
     if head_weight is not None and batch.ahead is not None:
         labels = torch.cat([labels, batch.ahead.labels])
@@ -307,3 +315,21 @@ def _forward_step(num_sources: int, head_weight: float | None, inputs: Iterator[
         source_ids=batch.source_ids,
         num_sources=num_sources,
     )
+
+
+def _summed_forward_step(num_sources: int, head_weight: float | None, batch: Placed, model: Any) -> tuple[Any, Any]:
+    labels, mask, ahead_weights = batch.labels, batch.loss_mask, None
+    if head_weight is not None and batch.ahead is not None:
+        labels, mask = torch.cat([labels, batch.ahead.labels]), torch.cat([mask, batch.ahead.loss_mask])
+        ahead_weights = batch.ahead.loss_weights
+    weights = (batch.loss_weights, ahead_weights)
+    summed_with = LossInputs(mask, weights, batch.source_ids, num_sources, head_weight or 0.0)
+    output = model(
+        batch.input_ids,
+        batch.position_ids,
+        None,
+        labels=labels,
+        packed_seq_params=batch.documents,
+        loss_mask=summed_with,
+    )
+    return output, partial(summed_by_the_model, loss_mask=batch.loss_mask)

@@ -125,3 +125,6 @@ class KernelsConfig(StrictModel):
     qk_norm_rope: Literal["auto", "torch", "fused"] = "auto"
     """Norm (where the model has one) and rotary embedding of queries and keys, out of the fused QKV projection; `fused`
     is refused where it is not built, and for fp16."""
+    head: Literal["auto", "torch", "fused"] = "auto"
+    """Output layer and loss; `fused` never has the logits of more than a part of a micro-batch's tokens in memory. It
+    is refused where it is not built, and for fp16."""

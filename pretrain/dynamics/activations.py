@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from parallel.attention import PackedAttention, PackedDocuments, Pair
+from parallel.kernels.linear_cross_entropy import HeadLoss
 from pretrain.dynamics.attention import largest_logit
 from pretrain.dynamics.totals import Totals
 
@@ -78,10 +79,15 @@ class Activations:
     def _output(self, module: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
         if self._open and self._main:
             self._main = False
+            place = self._totals.place("output")
+            if isinstance(output, HeadLoss):  # the logits are gone
+                columns = module.output_size_per_partition
+                self._totals.add("output_logit", place, output.logit_sum, output.reported.numel() * columns)
+                return
             logits = output[0].detach()
             # By rows first: a billion logits around 0 in one fp32 sum would leave little of their mean.
             total = logits.sum(dim=-1, dtype=torch.float32).sum(dtype=torch.float64)
-            self._totals.add("output_logit", self._totals.place("output"), total, logits.numel())
+            self._totals.add("output_logit", place, total, logits.numel())
 
 
 def square_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from parallel.kernels import choice, qk_norm_rope, swiglu
 from parallel.layout import Layout
 from parallel.spec import block_spec, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
-from pretrain.loss import vocab_parallel_cross_entropy
+from pretrain.loss import LossInputs, vocab_parallel_cross_entropy
+from pretrain.models.head import fuse_head, head_is_fused, summed_losses, token_losses
 from pretrain.models.initialize import initialize_weights
 from pretrain.models.multi_token import MultiTokenHeads
 from pretrain.models.mup import attention_scale, scale_logits
@@ -38,9 +39,16 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
     z_loss: float
     max_z_loss: float
     multi_token_heads: MultiTokenHeads | None
+    fused_head: bool
+    """The output layer is here and gives losses: see `pretrain.models.head`."""
 
     def _postprocess(self, **inputs: Any) -> Any:
         labels, heads = inputs["labels"], self.multi_token_heads
+        if self.fused_head and labels is not None:
+            if isinstance(inputs["loss_mask"], LossInputs):
+                return summed_losses(self, inputs, inputs["loss_mask"])
+            if not torch.is_grad_enabled():
+                return token_losses(self, inputs)
         if heads is None or labels is None or labels.size(0) == 1:
             return super()._postprocess(**inputs)
         losses = super()._postprocess(**{**inputs, "labels": labels[:1]})
@@ -183,6 +191,7 @@ def build_model(
     weights depend on `seed` and their place in the model only, not on the layout.
     """
     megatron = transformer_config(config, layout, precision, recompute, kernels)
+    fused_head = head_is_fused(kernels or KernelsConfig(), DTYPES[precision], layout)
     chunks = []
     for stage in range(layout.model_chunks):
         vp_stage = stage if layout.virtual_pipeline_parallel_size else None
@@ -198,6 +207,9 @@ def build_model(
             vp_stage=vp_stage,
         )
         chunk.z_loss, chunk.max_z_loss = config.z_loss, config.max_z_loss
+        chunk.fused_head = fused_head and chunk.post_process
+        if chunk.fused_head:
+            fuse_head(chunk, layout)
         if chunk.post_process:
             scale_logits(chunk.output_layer, config)
         chunk.multi_token_heads = None

@@ -5,8 +5,8 @@
     optimizer    AdamW: 8 bytes a parameter, under bf16 and fp16 12, shared out or not; see `standing_memory.py`, also
                  for SGD, Muon, experts and fully sharded weights
     activations  what autograd keeps of a block for one token, times layers, tokens and micro-batches in flight
-    logits       float32[tokens, vocabulary / tp], in half precision a copy in it while they are made, and the last
-                 norm's input and output
+    logits       float32[tokens, vocabulary / tp], in half precision a copy in it while they are made, or those of one
+                 chunk of the fused head; and the last norm's input and output
     recomputed   what one block makes again in the backward pass
     inputs       all micro-batches of a step, with the cosines and sines of their positions
 
@@ -30,6 +30,7 @@ activations, on a CPU, against what autograd saves; what a GPU's kernels keep is
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from parallel.kernels.head_chunks import WORKSPACE_BYTES, WORKSPACE_BYTES_CPU, chunk_rows
 from parallel.layout import Layout
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.models.sizes import FAMILIES, attention_width, has_qk_norm, head_size, query_groups
@@ -59,6 +60,8 @@ class Kernels(NamedTuple):
     """Keeps neither silu(gate) nor the activation's factors."""
     fused_qk_norm_rope: bool = False
     """Keeps the fused projection's output, and of queries and keys only what attention multiplies."""
+    fused_head: bool = False
+    """Has the logits of a part of the tokens, and keeps the gradient of the last norm's output."""
 
 
 GPU = Kernels()
@@ -134,9 +137,14 @@ def _stage(
     if stage == layout.pipeline_parallel_size - 1:
         heads = model.mtp.depth if model.mtp is not None else 0
         activations += heads * kept
-        of_vocabulary = vocab_size // layout.tensor_parallel_size
+        columns = vocab_size // layout.tensor_parallel_size
         # One copy in half precision: each head's lives while its logits are made.
-        logits = (1 + heads) * (block.final + 4 * of_vocabulary) + (itemsize * of_vocabulary if itemsize < 4 else 0)
+        logits = tokens * ((1 + heads) * (block.final + 4 * columns) + (itemsize * columns if itemsize < 4 else 0))
+        if kernels.fused_head:
+            space = WORKSPACE_BYTES if kernels.gpu else WORKSPACE_BYTES_CPU
+            rows = min(tokens, chunk_rows(tokens, columns, itemsize, space))
+            of_heads = tokens * (1 + heads) * (block.final + model.hidden_size * itemsize)
+            logits = rows * columns * itemsize + of_heads
     inputs = BYTES_PER_INPUT + head_size(model) * itemsize + _indices(layout)
     return StageMemory(
         stage=stage,
@@ -145,7 +153,7 @@ def _stage(
         gradients=stands.gradients,
         optimizer=stands.optimizer,
         activations=tokens * activations,
-        logits=tokens * logits,
+        logits=logits,
         recomputed=tokens * again,
         inputs=tokens * inputs * batch.micro_batches,
     )

@@ -90,7 +90,7 @@ def estimated(config: RunConfig, layout: Layout, kernels: Kernels = HERE) -> lis
 
 def config_of(family: str, **changes: Any) -> RunConfig:
     config = tiny_config(family, **changes)
-    kernels = config.kernels.model_copy(update={"swiglu": "torch", "qk_norm_rope": "torch"})
+    kernels = config.kernels.model_copy(update={"swiglu": "torch", "qk_norm_rope": "torch", "head": "torch"})
     return config.model_copy(update={"kernels": kernels})
 
 
@@ -165,6 +165,11 @@ def test_the_worked_example() -> None:
     assert (stage.weights, stage.gradients, stage.optimizer) == tuple(stage.parameters * size for size in (2, 4, 12))
     assert stage.logits == 4096 * (128_256 * 6 + 2048 * 4 + 4)
     assert stage.total == sum(standing(stage).values()) + stage.inputs + stage.activations + stage.logits
+    [fused] = memory_by_stage(PRESETS["llama-1b"], 128_256, layout, batch, kernels=Kernels(fused_head=True))
+    assert fused.logits == 4096 * (128_256 * 2 + 2048 * 6 + 4)  # 4,096 tokens are one chunk
+    twice = Batch(8192, 1, 8)
+    [longer] = memory_by_stage(PRESETS["llama-1b"], 128_256, layout, twice, kernels=Kernels(fused_head=True))
+    assert longer.logits - fused.logits == 4096 * (2048 * 6 + 4)  # and 8,192 are two
 
 
 def test_a_block_keeps_what_the_paper_says() -> None:
