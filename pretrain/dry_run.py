@@ -22,6 +22,7 @@ from pretrain.layouts import layout_from, layouts_ahead
 from pretrain.learning_rate import learning_rate
 from pretrain.models.memory import Batch, Kernels, StageMemory, memory_by_stage, not_counted
 from pretrain.models.sizes import (
+    activation,
     block_parameters,
     count_parameters,
     embedding_parameters,
@@ -155,13 +156,14 @@ def _stretch(
 def kernels_of(config: RunConfig) -> Kernels:
     """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
     gpu = config.train.precision != "fp32"
-    choice = config.kernels.swiglu
+    gelu = activation(config.model) != "silu"
+    choice = config.kernels.geglu if gelu else config.kernels.swiglu
     if choice == "auto" and not gpu:
-        from parallel.kernels import swiglu
+        from parallel.kernels import geglu, swiglu
         from parallel.kernels.choice import choose
 
-        choice = choose(swiglu.KERNEL, "auto", "cpu")[0]
-    return Kernels(gpu=gpu, fused_swiglu=choice == "fused")
+        choice = choose(geglu.KERNEL if gelu else swiglu.KERNEL, "auto", "cpu")[0]
+    return Kernels(gpu=gpu, fused_gate=choice == "fused")
 
 
 def _memory(stage: StageMemory) -> dict[str, int]:
