@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from parallel.engine import MLP
+from parallel.engine import ColumnParallelLinear
 from parallel.kernels import bias_gelu, geglu, swiglu
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -34,36 +34,39 @@ FUNCTIONS: dict[Activation, Callable[..., torch.Tensor]] = {"silu": F.silu, "gel
 FUSED_GATED = {F.silu: swiglu.fused, F.gelu: geglu.fused, gelu_tanh: geglu_tanh}
 
 
-class BiasGeluMLP(MLP):  # type: ignore[misc]
-    """megatron-core's MLP of a model with biases and without gates, with fc1's bias and GELU in one operator."""
+class BiasGeluLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """fc1 of an MLP with biases and without gates, which applies its bias and GELU in one operator.
 
-    def forward(
-        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` [tokens, 1, hidden_size] → (the same shape, fc2's bias if it leaves that to the caller)."""
-        assert per_token_scale is None, "experts have no biases"
-        product, bias = self.linear_fc1(hidden_states)
+    megatron-core's MLP adds the bias that fc1 hands it before it calls an activation; from this it gets none.
+    """
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        """[tokens, 1, hidden_size] → ([tokens, 1, ffn_hidden_size / tp], no bias)."""
+        product, bias = super().forward(*inputs, **named)
         approximate: bias_gelu.Approximate = "tanh" if self.config.activation_func is gelu_tanh else "none"
-        output, output_bias = self.linear_fc2(bias_gelu.fused(product, bias, approximate))
-        return output, output_bias
+        return bias_gelu.fused(product, bias, approximate), None
+
+
+def _as_it_is(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
 
 
 def set_activation(config: Any, activation: Activation, fused: bool) -> None:
     """Note in megatron-core's `TransformerConfig` how its MLPs compute `activation`.
 
-    Two of its switches say it; neither has anything to do here with what it would do by itself, TransformerEngine and
-    torch.compile (whose fused bias and GELU is the tanh approximation whatever the model asks for).
+    `use_te_activation_func` has nothing to do with TransformerEngine here. It is megatron's name for: the activation is
+    a submodule, and takes all of fc1's output.
     """
     config.activation_func = FUNCTIONS[activation]
-    config.use_te_activation_func = fused and config.gated_linear_unit
-    config.bias_activation_fusion = fused and not config.gated_linear_unit
+    config.use_te_activation_func = fused
 
 
-def plug_activation(config: Any, mlp: Any, submodules: Sequence[Any]) -> None:
-    """Put what `set_activation` noted into a layer's spec `mlp`, of whose MLPs these are the `submodules`."""
-    if config.use_te_activation_func:
-        # megatron's name for: the activation is a submodule, and takes all of fc1's output
-        for each in submodules:
+def plug_activation(config: Any, submodules: Sequence[Any]) -> None:
+    """Put what `set_activation` noted into the specs of a layer's MLPs, `MLPSubmodules`."""
+    if not config.use_te_activation_func:
+        return
+    for each in submodules:
+        if config.gated_linear_unit:
             each.activation_func = FUSED_GATED[config.activation_func]
-    if config.bias_activation_fusion:
-        mlp.module = BiasGeluMLP
+        else:
+            each.linear_fc1, each.activation_func = BiasGeluLinear, _as_it_is

@@ -63,13 +63,13 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     all_to_all,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -84,8 +84,8 @@ import megatron.core.transformer.moe.moe_utils as _moe_utils
 
 __all__ = [
     "MEGATRON_VERSION",
-    "MLP",
     "ChainedOptimizer",
+    "ColumnParallelLinear",
     "DataParallelBase",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",

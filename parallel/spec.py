@@ -80,7 +80,7 @@ def block_spec(config: Any, vp_stage: int | None = None) -> Any:
     else:
         mlp.router = BalancedRouter
         mlps = [mlp.experts.submodules, mlp.shared_experts.submodules]
-    plug_activation(config, parts.mlp, mlps)
+    plug_activation(config, mlps)
     attention.core_attention = PackedAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
 

@@ -78,7 +78,7 @@ def table_gradient(
 ) -> torch.Tensor | None:
     """Gradient [rows, width] of a table from `grad` [..., width] of what was looked up for `tokens`; with `total` it is
     added there, and the answer is None."""
-    grad = grad.reshape(-1, grad.size(-1)).contiguous()
+    grad = grad.reshape(tokens.numel(), grad.size(-1)).contiguous()
     places = tokens.reshape(-1) - first if first else tokens.reshape(-1)
     ordered, order = places.sort(stable=True)
     if total is None:

@@ -10,7 +10,7 @@ from tiny_run import VOCAB, tiny_config, tiny_state, tiny_steps
 
 from headrace.errors import ConfigError
 from parallel import process_groups
-from parallel.activations import BiasGeluMLP, geglu_tanh
+from parallel.activations import BiasGeluLinear, geglu_tanh
 from parallel.embedding import SortedEmbedding
 from parallel.kernels import extension, geglu
 from parallel.layout import Layout
@@ -24,7 +24,9 @@ TORCH = {"swiglu": "torch", "geglu": "torch", "bias_gelu": "torch", "embedding":
 
 def config_of(kernel: str, form: str, family: str, **changes: Any) -> RunConfig:
     """Everything by torch, but `kernel` in this form."""
-    config = tiny_config(family, **changes)
+    # At 1e-3 rounding differences grow to 1.4e-6 of the gradient norm in five steps: Adam's first updates have the size
+    # of the learning rate however small a gradient is.
+    config = tiny_config(family, **{"lr": 2e-4, **changes})
     return config.model_copy(update={"kernels": KernelsConfig.model_validate({**TORCH, kernel: form})})
 
 
@@ -55,7 +57,8 @@ def test_fused_and_torch_have_one_loss_curve(case: str) -> None:
     fused, torchs = (curve(case.split()[0], form, family, Layout(1), changes) for form in ("fused", "torch"))
     check_one_curve(fused, torchs)
     sums = [[(step.loss, step.grad_norm) for step in steps] for steps in (fused, torchs)]
-    assert sums[0] != sums[1]  # they differ by rounding, so both were used
+    # Activations differ by rounding, so both were used; the embedding's gradient is the very same on one CPU.
+    assert (sums[0] == sums[1]) == case.startswith("embedding") or case == "embedding tied"
 
 
 LAYOUTS = {
@@ -105,23 +108,24 @@ def test_recomputation_changes_nothing_with_the_fused_form(case: str, recompute:
 
 
 def parts(config: RunConfig) -> tuple[set[object], type]:
-    """What the blocks' MLPs are or compute their activation with, and the class of the embedding."""
+    """What the blocks' MLPs compute bias and activation with, and the class of the embedding."""
     chunk = tiny_state(config, Layout(1)).chunks[0]
     process_groups.shutdown()
     mlps = [layer.mlp for layer in chunk.decoder.layers]
-    used = {type(mlp) if isinstance(mlp, BiasGeluMLP) else mlp.activation_func for mlp in mlps}
+    fc1 = {type(mlp.linear_fc1) for mlp in mlps}
+    used = fc1 if BiasGeluLinear in fc1 else {mlp.activation_func for mlp in mlps}
     return used, type(chunk.embedding.word_embeddings)
 
 
 @built
 def test_every_part_is_what_the_config_says() -> None:
     assert parts(tiny_config("wonton")) == parts(tiny_config("wonton", activation="gelu_tanh"))
-    assert parts(tiny_config("wonton")) == ({BiasGeluMLP}, SortedEmbedding)
+    assert parts(tiny_config("wonton")) == ({BiasGeluLinear}, SortedEmbedding)
     assert parts(tiny_config("llama", activation="gelu"))[0] == {geglu.fused}
     assert parts(tiny_config("llama", activation="gelu_tanh"))[0] == {geglu_tanh}
     by_torch = tiny_config("wonton").model_copy(update={"kernels": KernelsConfig.model_validate(TORCH)})
     used, embedding = parts(by_torch)
-    assert BiasGeluMLP not in used
+    assert BiasGeluLinear not in used
     assert embedding is not SortedEmbedding
 
 
