@@ -1,5 +1,6 @@
 """Fused activations and embedding gradient in a model: what is plugged in, and that they give torch's loss curve."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -70,15 +71,20 @@ LAYOUTS = {
 }
 
 
+@functools.cache
+def by_torch_on_one_process(tied: bool) -> list[StepResult]:
+    return tiny_steps(config_of("embedding", "torch", "wonton", tie_embeddings=tied), Layout(1))
+
+
 @built
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_have_the_curve_of_one_process(layout: str) -> None:
     """Untied and tied embedding; with it, where it is split over ranks, bias and GELU."""
-    for changes in ({}, {"tie_embeddings": True}):
-        config = config_of("embedding", "fused", "wonton", **changes)
+    for tied in (False, True):
+        config = config_of("embedding", "fused", "wonton", tie_embeddings=tied)
         config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"bias_gelu": "fused"})})
-        torchs = tiny_steps(config_of("embedding", "torch", "wonton", **changes), Layout(1))
+        torchs = by_torch_on_one_process(tied)
         for curves in run_ranks(2, tiny_steps, config, LAYOUTS[layout], timeout_s=120):
             check_one_curve(curves, torchs)
 
