@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from parallel.kernels import extension
 from parallel.kernels.choice import Kernel
+from parallel.kernels.self_test import Trial
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
@@ -42,6 +43,13 @@ def fused(input: torch.Tensor, bias: torch.Tensor, approximate: Approximate = "n
     _check(input, bias)
     hidden: torch.Tensor = torch.ops.headrace.bias_gelu_forward(input, bias, approximate == "tanh")
     return hidden
+
+
+def _trial_inputs() -> tuple[torch.Tensor, ...]:
+    return torch.randn(512, 704, dtype=torch.float64), torch.randn(704, dtype=torch.float64)
+
+
+TRIAL = Trial(KERNEL, _trial_inputs, fused, reference)
 
 
 def _check(input: torch.Tensor, bias: torch.Tensor) -> None:

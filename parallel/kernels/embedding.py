@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from parallel.kernels import extension
 from parallel.kernels.choice import Kernel
+from parallel.kernels.self_test import Trial
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
@@ -53,6 +54,13 @@ def fused(
     return out
 
 
+def _trial_inputs() -> tuple[torch.Tensor, ...]:
+    return (torch.rand(2048) ** 3 * 8192).long(), torch.randn(8192, 256, dtype=torch.float64)
+
+
+TRIAL = Trial(KERNEL, _trial_inputs, fused, reference)
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,7 +77,9 @@ class _Embedding(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None]:
         (tokens,) = ctx.saved_tensors
-        gradient = table_gradient(grad, tokens, ctx.rows, ctx.first or 0, ctx.total) if ctx.needs_input_grad[1] else None
+        gradient = (
+            table_gradient(grad, tokens, ctx.rows, ctx.first or 0, ctx.total) if ctx.needs_input_grad[1] else None
+        )
         return None, gradient, None, None
 
 

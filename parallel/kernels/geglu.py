@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from parallel.kernels import extension
 from parallel.kernels.bias_gelu import Approximate
 from parallel.kernels.choice import Kernel
+from parallel.kernels.self_test import Trial
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
@@ -40,6 +41,9 @@ def fused(gate_up: torch.Tensor, approximate: Approximate = "none") -> torch.Ten
     _check(gate_up)
     hidden: torch.Tensor = torch.ops.headrace.geglu_forward(gate_up, approximate == "tanh")
     return hidden
+
+
+TRIAL = Trial(KERNEL, lambda: (torch.randn(512, 2 * 704, dtype=torch.float64),), fused, reference)
 
 
 def _check(gate_up: torch.Tensor) -> None:

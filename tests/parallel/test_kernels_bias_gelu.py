@@ -136,7 +136,12 @@ def test_the_same_bits_whatever_the_neighbours_and_threads(dtype: torch.dtype, a
         (torch.zeros(3, 4), torch.zeros(3), ValueError, "bias [3]; bias must be as long as input's last dimension"),
         (torch.zeros(3, 4), torch.zeros(1, 4), ValueError, "bias [1, 4]"),
         (torch.tensor(1.0), torch.zeros(1), ValueError, "input has shape []"),
-        (torch.zeros(3, 4).double(), torch.zeros(4).double(), TypeError, "input is torch.float64; it takes torch.float32"),
+        (
+            torch.zeros(3, 4).double(),
+            torch.zeros(4).double(),
+            TypeError,
+            "input is torch.float64; it takes torch.float32",
+        ),
         (torch.zeros(3, 4).half(), torch.zeros(4).half(), TypeError, "torch.float16"),
         (torch.zeros(3, 4), torch.zeros(4).bfloat16(), TypeError, "they must be of one dtype"),
         (torch.zeros(4, 3).t(), torch.zeros(4), ValueError, "input of shape [3, 4] has strides [1, 3]; call"),

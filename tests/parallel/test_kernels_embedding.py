@@ -146,7 +146,13 @@ def test_a_frozen_table_gets_nothing() -> None:
         (torch.zeros(3).long(), torch.zeros(4, 2, device="meta"), None, ValueError, "weight is on meta, tokens on cpu"),
         (torch.zeros(3).long(), torch.zeros(4, 2), torch.zeros(4, 2).bfloat16(), TypeError, "total is torch.bfloat16"),
         (torch.zeros(3).long(), torch.zeros(4, 2), torch.zeros(2, 4).t(), ValueError, "total must be contiguous"),
-        (torch.zeros(3).long(), torch.zeros(4, 2), torch.zeros(5, 2), ValueError, "total is [5, 2] on cpu, weight [4, 2]"),
+        (
+            torch.zeros(3).long(),
+            torch.zeros(4, 2),
+            torch.zeros(5, 2),
+            ValueError,
+            "total is [5, 2] on cpu, weight [4, 2]",
+        ),
         (torch.tensor([4]), torch.zeros(4, 2), None, IndexError, "index out of range"),
     ],
 )

@@ -95,7 +95,9 @@ def test_bf16_is_as_far_from_fp32_as_torch_is(case: str) -> None:
     family, changes = MODELS[case]
     kernel = case.split()[0]
     exact = curve(kernel, "torch", family, Layout(1), changes)
-    fused, torchs = (curve(kernel, form, family, Layout(1), {**changes, "precision": "bf16"}) for form in ("fused", "torch"))
+    fused, torchs = (
+        curve(kernel, form, family, Layout(1), {**changes, "precision": "bf16"}) for form in ("fused", "torch")
+    )
     for mine, other, true in zip(fused, torchs, exact, strict=True):
         assert math.isfinite(mine.loss)
         assert mine.loss == pytest.approx(true.loss, rel=max(1e-3, 2 * abs(other.loss / true.loss - 1)))
@@ -138,7 +140,12 @@ def test_every_part_is_what_the_config_says() -> None:
 @pytest.mark.parametrize(
     ("family", "activation", "kernel", "message"),
     [
-        ("llama", None, "bias_gelu", "kernels.bias_gelu: fused, but llama has no bias before a GELU; leave the key out"),
+        (
+            "llama",
+            None,
+            "bias_gelu",
+            "kernels.bias_gelu: fused, but llama has no bias before a GELU; leave the key out",
+        ),
         ("llama", None, "geglu", "kernels.geglu: fused, but llama has no GeGLU"),
         ("llama", "gelu", "swiglu", "kernels.swiglu: fused, but llama with activation gelu has no SwiGLU"),
         ("wonton", None, "geglu", "kernels.geglu: fused, but wonton has no GeGLU"),
