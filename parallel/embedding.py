@@ -1,8 +1,9 @@
 """The input embedding with the fused gradient of its table (`parallel/kernels/embedding.py`).
 
-A table that megatron-core's DistributedDataParallel wraps has `main_grad`, the fp32 sum of a step's gradients. The fused
-backward pass adds to the rows of it that a micro-batch has tokens of, instead of making a gradient as large as the table
-and having all of it added. Elsewhere (fully sharded weights, models that are not wrapped) it makes that gradient.
+A table that megatron-core's DistributedDataParallel wraps has `main_grad`, the fp32 sum of a step's gradients. The
+fused backward pass adds to the rows of it that a micro-batch has tokens of, instead of making a gradient as large as
+the table and having all of it added. Elsewhere (fully sharded weights, gradients that are reduced during the backward
+pass, models that are not wrapped) it makes that gradient.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ class SortedEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
 def use_sorted_gradient(chunk: Any, overlap_grad_reduce: bool) -> None:
     """Let a model chunk that begins a pipeline compute its embedding's gradient from sorted tokens.
 
-    With `overlap_grad_reduce` gradients are reduced while a backward pass runs, and DistributedDataParallel insists that
-    a parameter that is ready has one; the table then gets a gradient of its own.
+    With `overlap_grad_reduce` gradients are reduced while a backward pass runs, and DistributedDataParallel insists
+    that a parameter that is ready has one; the table then gets a gradient of its own.
     """
     module = chunk.embedding.word_embeddings
     assert type(module) is VocabParallelEmbedding

@@ -1,4 +1,4 @@
-"""The gradient of an embedding's table, sorting included: added to a step's fp32 sum, and made as a tensor of its own."""
+"""The gradient of an embedding's table, sorting included: added to a step's fp32 sum, and as a tensor of its own."""
 
 from collections.abc import Iterator
 from functools import partial

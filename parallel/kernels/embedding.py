@@ -1,7 +1,7 @@
 """Embedding whose table's gradient is made from runs of equal tokens, without atomics and without touching other rows.
 
-Both forms look up `tokens`, int64 of any shape, in `weight` [rows, width], and give [..., width]. With `first` the table
-is a vocabulary-parallel rank's: it has rows of the tokens from `first` on, and tokens outside it get zeros.
+Both forms look up `tokens`, int64 of any shape, in `weight` [rows, width], and give [..., width]. With `first` the
+table is a vocabulary-parallel rank's: it has rows of the tokens from `first` on, and tokens outside it get zeros.
 
     tokens    7 3 7 9        grad of the table     row 3 = g1
     sorted    3 7 7 9                              row 7 = g0 + g2

@@ -11,7 +11,6 @@ from parallel.layout import BatchShape, Shape
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig
 from pretrain.stages import StageSettings, batches_ahead, parallel_of, settings_of
 
-
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 

@@ -1,4 +1,4 @@
-"""The embedding gradient's CUDA kernels on the emulator: the same bits under every schedule, and as the CPU's kernel."""
+"""The embedding gradient's CUDA kernels on the emulator: the CPU kernel's bits, under every schedule."""
 
 import emulated
 import pytest
@@ -32,7 +32,7 @@ def kernels() -> emulated.Emulated:
 def test_gives_the_bits_of_the_cpu_kernel(
     kernels: emulated.Emulated, lengths: str, width: int, dtype: torch.dtype, offset: int
 ) -> None:
-    """Which `tests/parallel/test_kernels_embedding.py` holds against float64. Tokens outside the table are among them."""
+    """`tests/parallel/test_kernels_embedding.py` holds those against float64. Some tokens are outside the table."""
     if width > 1000 and lengths != "long":
         pytest.skip("wider than a block: once is enough")
     generator = torch.Generator().manual_seed(width)
