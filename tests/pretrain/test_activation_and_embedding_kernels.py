@@ -15,6 +15,7 @@ from parallel.activations import BiasGeluLinear, geglu_tanh
 from parallel.embedding import SortedEmbedding
 from parallel.kernels import extension, geglu
 from parallel.layout import Layout
+from pretrain.checkpoint import model_identity
 from pretrain.config import KernelsConfig, RunConfig
 from pretrain.models.gpt import build_model
 from pretrain.step import StepResult
@@ -178,6 +179,17 @@ def build_model_alone(model: Any, kernels: KernelsConfig) -> None:
         build_model(model, Layout(1), 8, VOCAB, kernels=kernels)
     finally:
         process_groups.shutdown()
+
+
+def test_the_activation_is_part_of_what_a_checkpoint_is() -> None:
+    """The family's own is not, said or not: older checkpoints say nothing."""
+    for family, own, other in (("wonton", "gelu", "gelu_tanh"), ("llama", "silu", "gelu")):
+        unsaid, said, changed = (
+            model_identity(tiny_config(family, activation=each).model, VOCAB, "fp32") for each in (None, own, other)
+        )
+        assert "activation" not in unsaid
+        assert unsaid == said
+        assert changed["activation"] == other
 
 
 def test_a_gate_that_wonton_has_not_is_refused() -> None:
