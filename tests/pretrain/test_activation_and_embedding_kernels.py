@@ -42,7 +42,7 @@ def curve(kernel: str, form: str, family: str, layout: Layout, changes: dict[str
     return tiny_steps(config_of(kernel, form, family, **changes), layout)
 
 
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bias_gelu": ("wonton", {}),
     "bias_gelu tanh": ("wonton", {"activation": "gelu_tanh"}),
     "geglu": ("llama", {"activation": "gelu"}),
