@@ -16,6 +16,7 @@ Where they cannot be built the package installs all the same and computes with t
 """
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -92,7 +93,7 @@ class BuildExtensions(build_ext):
         inputs = [*map(Path, HEADERS), source]
         made_of = hashlib.sha256(repr((command, [path.read_bytes() for path in inputs])).encode()).hexdigest()
         if not (compiled.exists() and recipe.exists() and recipe.read_text() == made_of):
-            self.announce(" ".join(command), level=2)
+            self.announce(" ".join(command), level=logging.INFO)
             subprocess.check_call(command)
             recipe.write_text(made_of)
         return str(compiled)

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "races.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -50,6 +51,7 @@ const std::function<void()>* kernel_call;
 std::vector<std::unique_ptr<Thread>> threads;  // kept for the next launch, with their stacks
 unsigned count;                                // threads in a block
 unsigned running;
+bool in_kernel = false;  // as opposed to the scheduler and whoever launches
 unsigned returned, at_block_barrier;  // how many
 unsigned first_at_block_barrier;      // which
 Fiber scheduler;
@@ -89,6 +91,7 @@ void release_block() {
   for (unsigned i = 0; i < count; ++i)
     if (threads[i]->state == State::at_block_barrier) threads[i]->state = State::ready;
   at_block_barrier = 0;
+  race_block_met();
 }
 
 // Frees the lanes that wait for exactly the lanes in `mask` once all of those that have not returned are there.
@@ -113,6 +116,7 @@ void release_warp(unsigned warp, unsigned mask) {
   }
   for (unsigned lane = 0; lane < kWarp; ++lane)
     if (there >> lane & 1) threads[warp * kWarp + lane]->state = State::ready;
+  race_warp_met(warp);
 }
 
 void check_same_place(const Thread& other, unsigned number, Place place) {
@@ -138,7 +142,9 @@ void run_thread() {
 void step(unsigned thread) {
   running = thread;
   threadIdx = threads[thread]->index;
+  in_kernel = true;
   scheduler.resume(threads[thread]->fiber);
+  in_kernel = false;
   if (!problem.empty()) throw std::runtime_error(problem);
 }
 
@@ -231,6 +237,7 @@ void run_block(uint3 index) {
   poison(headrace_shared_begin, headrace_shared_end);
   std::memset(dynamic_memory.data(), 0xff, dynamic_memory.size());
   returned = at_block_barrier = 0;
+  race_block_begins(count);
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = *threads[i];
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -311,7 +318,8 @@ void meet_block(Place place) {
 
 Met meet_warp(Place place, unsigned mask, uint64_t value, unsigned from) {
   const unsigned me = running, warp = me / kWarp;
-  if ((mask >> lane() & 1) == 0) fail(place, "the calling lane is not in its own mask");
+  if ((mask >> lane() & 1) == 0)
+    fail_with(text(place) + " of " + thread_name(me) + ": the calling lane is not in its own mask");
   for (unsigned i = warp * kWarp; i < std::min(count, (warp + 1) * kWarp); ++i)
     if (threads[i]->state == State::at_warp_barrier && threads[i]->mask == mask) check_same_place(*threads[i], i, place);
   Thread& thread = *threads[me];
@@ -325,9 +333,10 @@ Met meet_warp(Place place, unsigned mask, uint64_t value, unsigned from) {
   return thread.met;
 }
 
-void fail(Place place, const char* what) {
-  fail_with(text(place) + " of " + thread_name(running) + ": " + what);
-}
+void fail(const char* what) { fail_with(what); }
+
+bool on_a_thread() { return in_kernel; }
+unsigned thread_number() { return running; }
 
 }  // namespace headrace::emulator
 

@@ -55,6 +55,10 @@ Met meet_warp(Place place, unsigned mask, uint64_t value, unsigned from);
 unsigned lane();
 
 // Ends the launch with an error.
-[[noreturn]] void fail(Place place, const char* what);
+[[noreturn]] void fail(const char* what);
+
+// For races.cpp: whether a thread of a kernel is running (not the code that launches it), and its number in the block.
+bool on_a_thread();
+unsigned thread_number();
 
 }  // namespace headrace::emulator

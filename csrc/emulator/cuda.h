@@ -100,9 +100,10 @@ inline int __all_sync(unsigned mask, int predicate, HEADRACE_PLACE) {
 }
 
 // Blocks run one after another and threads change at barriers only, so atomics need nothing here. CUDA's types, no more.
+#define HEADRACE_ATOMIC_ACCESS __attribute__((noinline, no_sanitize("thread")))  // no race, see races.h
 #define HEADRACE_ATOMIC(name, expression)                                     \
   template <typename T>                                                       \
-  T name(T* address, std::common_type_t<T> x) {                               \
+  HEADRACE_ATOMIC_ACCESS T name(T* address, std::common_type_t<T> x) {                               \
     static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||    \
                       std::is_same_v<T, unsigned long long>,                  \
                   #name ": int, unsigned int or unsigned long long");         \
@@ -118,7 +119,7 @@ HEADRACE_ATOMIC(atomicExch, x)
 #undef HEADRACE_ATOMIC
 
 template <typename T>
-T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> x) {
+HEADRACE_ATOMIC_ACCESS T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> x) {
   const T old = *address;
   if (old == expected) *address = x;
   return old;

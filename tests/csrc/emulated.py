@@ -31,6 +31,8 @@ SCHEDULES = ("forward", "reverse", "random", "warp_greedy", "greedy_reverse")
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror")
 # What nvcc knows and g++ does not (#pragma unroll); functions for CPU tensors, which an emulated library leaves out.
 QUIET = ("-Wno-unknown-pragmas", "-Wno-unused-function")
+TRACING = ("-fsanitize=thread",)
+"""Calls a function of csrc/emulator/races.cpp before every access to memory."""
 CANARY = 777.0
 
 
@@ -78,14 +80,21 @@ class Emulated:
 
 
 @functools.cache
-def load(family: str, defines: tuple[str, ...] = (), source: str | None = None, folder: Path = CSRC) -> Emulated:
+def load(
+    family: str,
+    defines: tuple[str, ...] = (),
+    source: str | None = None,
+    folder: Path = CSRC,
+    races: bool = False,
+) -> Emulated:
     """The operators of `<family>_binding.cpp` with the kernels of `<family>.cu`, compiled for the CPU.
 
     Both are in `folder`. `defines` are macros for the kernels ("HEADRACE_PACKS_PER_LAUNCH=96"); `source` is compiled
-    instead of the .cu file, for tests that plant a bug in it. Raises RuntimeError, with the compiler's words, if that
-    fails.
+    instead of the .cu file, for tests that plant a bug in it. With `races` the operators raise RuntimeError for two
+    accesses of a block's threads to the same bytes, one of them a write, that no barrier separates; they then take some
+    30 times as long. Raises RuntimeError, with the compiler's words, if compilation fails.
     """
-    kernels = _kernels(family, defines, source, folder)
+    kernels = _kernels(family, defines, source, folder, TRACING if races else ())
     binding = folder / f"{family}_binding.cpp"
     namespace = f"headrace_emulated_{digest(str(kernels), binding.read_text(), torch.__version__)}"
     torch_root = Path(torch.__file__).parent
@@ -99,15 +108,21 @@ def load(family: str, defines: tuple[str, ...] = (), source: str | None = None, 
 
 
 def launchers(
-    family: str, defines: tuple[str, ...] = (), source: str | None = None, folder: Path = CSRC, asan: bool = False
+    family: str,
+    defines: tuple[str, ...] = (),
+    source: str | None = None,
+    folder: Path = CSRC,
+    asan: bool = False,
+    races: bool = False,
 ) -> Path:
     """A library with the launchers of `<family>.cu` alone, for ctypes; it needs no torch, and compiles faster.
 
     A launcher that returns 719 (cudaErrorLaunchFailure) leaves its reason in `headrace_failure()`. With `asan` it is
-    compiled for AddressSanitizer, whose library must then be loaded before all others (LD_PRELOAD).
+    compiled for AddressSanitizer, whose library must then be loaded before all others (LD_PRELOAD). With `races` two
+    accesses of a block's threads that no barrier separates are such a failure.
     """
     extra = ("-fsanitize=address", "-fno-omit-frame-pointer") if asan else ()
-    kernels = _kernels(family, defines, source, folder, (*extra, "-fvisibility=default"))
+    kernels = _kernels(family, defines, source, folder, (*extra, *(TRACING if races else ()), "-fvisibility=default"))
     return _linked(f"{family}_launchers", [kernels, *_emulator(extra)], extra)
 
 
@@ -125,7 +140,7 @@ def _emulator(extra: tuple[str, ...] = ()) -> list[Path]:
 def _compiled(name: str, text: str, flags: tuple[str, ...]) -> Path:
     """`<name>.o` made of `text`, a C++ or CUDA source, in a folder of its own under `CACHE`."""
     headers = [*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *EMULATOR.glob("*.h"), *Path(__file__).parent.glob("*.h")]
-    words = [path.read_text() for path in sorted(headers)] if name not in ("fiber", "block") else []
+    words = [path.read_text() for path in sorted(headers)] if name not in ("fiber", "block", "races") else []
     emulator = [path.read_text() for path in sorted(EMULATOR.glob("*.h"))]
     path = CACHE / digest(name, text, flags, FLAGS, QUIET, words, emulator) / f"{name}.o"
     with built_once(path) as target:

@@ -1,4 +1,4 @@
-"""Six kinds of bugs, each planted into a kernel that has none: what finds each of them without a GPU.
+"""Seven kinds of bugs, each planted into a kernel that has none: what finds each of them without a GPU.
 
 missing barrier          two schedules, or poisoned shared memory: results differ or are NaN
 overwritten in place     two schedules
@@ -25,6 +25,9 @@ import pytest
 pytestmark = emulated.needs_emulator
 HERE = Path(__file__).parent
 ROWS, WIDTH = 3, 500
+TRACED = "rows for the race detector"
+WITHOUT = ("rows", TRACED, "swiglu")
+"""Kernels without a bug."""
 
 
 class Bug(NamedTuple):
@@ -33,7 +36,9 @@ class Bug(NamedTuple):
     """Text of the kernel, or of device.cuh."""
     wrong: str
     found_by: str
-    """What `verdict` says of it."""
+    """What the verdict on the kernel says of it."""
+    races: bool = False
+    """Compiled for the race detector."""
 
 
 BUGS = {
@@ -56,6 +61,14 @@ BUGS = {
         "deadlock: 3 threads wait at __syncthreads",
     ),
     "short reduction": Bug("rows", "int distance = 16;", "int distance = 8;", "differs from float64"),
+    "lost update": Bug(
+        "rows",
+        "  if (threadIdx.x % kWarp == 0) above[threadIdx.x / kWarp] = large;\n",
+        "  if (threadIdx.x < 3) above[threadIdx.x] = 0;\n  __syncthreads();\n"
+        "  if (threadIdx.x % kWarp == 0) above[0] += large;\n",
+        "race: thread 32 reads what thread 0 wrote, with no barrier in between",
+        races=True,
+    ),
     "out of bounds": Bug("swiglu", "if (at >= packs) return;", "if (at > packs) return;", "AddressSanitizer"),
 }
 
@@ -73,16 +86,17 @@ def source(family: str, bug: Bug | None) -> str:
 
 @pytest.fixture(scope="module")
 def libraries() -> dict[str, Path]:
-    """Bug (or family, without one) → library; compiled two at a time."""
+    """Bug, or one of `WITHOUT` → library; compiled two at a time."""
 
     def build(name: str) -> tuple[str, Path]:
         bug = BUGS.get(name)
-        family = bug.family if bug else name
+        family = bug.family if bug else name.split()[0]
         folder = emulated.CSRC if family == "swiglu" else HERE
-        return name, emulated.launchers(family, (), source(family, bug), folder, asan=family == "swiglu")
+        races = bug.races if bug else name == TRACED
+        return name, emulated.launchers(family, (), source(family, bug), folder, family == "swiglu", races)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(build, ["rows", "swiglu", *BUGS]))
+        return dict(pool.map(build, [*WITHOUT, *BUGS]))
 
 
 def function_of(library: Path, name: str) -> str:
@@ -140,9 +154,9 @@ def verdict_on_swiglu(path: Path) -> str:
 VERDICTS: dict[str, Callable[[Path], str]] = {"rows": verdict_on_rows, "swiglu": verdict_on_swiglu}
 
 
-@pytest.mark.parametrize("family", VERDICTS)
-def test_nothing_is_found_in_a_kernel_without_a_bug(libraries: dict[str, Path], family: str) -> None:
-    assert VERDICTS[family](libraries[family]) == ""
+@pytest.mark.parametrize("name", WITHOUT)
+def test_nothing_is_found_in_a_kernel_without_a_bug(libraries: dict[str, Path], name: str) -> None:
+    assert VERDICTS[name.split()[0]](libraries[name]) == ""
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -10,10 +10,11 @@ pytestmark = emulated.needs_emulator
 SHAPES = [(1, 1), (3, 5), (7, 8), (5, 64), (2, 352), (40, 24), (1, 1030), (0, 8), (3, 0)]
 
 
-@pytest.fixture(scope="module", params=[None, 96], ids=["one launch", "slices"])
+@pytest.fixture(scope="module", params=["one launch", "slices", "races"])
 def kernels(request: pytest.FixtureRequest) -> emulated.Emulated:
-    """Once with launches so small that tensors need many."""
-    return emulated.load("swiglu", () if request.param is None else (f"HEADRACE_PACKS_PER_LAUNCH={request.param}",))
+    """Once with launches so small that tensors need many, and once with the race detector."""
+    defines = ("HEADRACE_PACKS_PER_LAUNCH=96",) if request.param == "slices" else ()
+    return emulated.load("swiglu", defines, races=request.param == "races")
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
