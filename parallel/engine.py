@@ -63,7 +63,13 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16Optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import RowParallelLinear, all_to_all, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    all_to_all,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.router import TopKRouter
@@ -81,6 +87,7 @@ import megatron.core.transformer.moe.moe_utils as _moe_utils
 __all__ = [
     "MEGATRON_VERSION",
     "ChainedOptimizer",
+    "ColumnParallelLinear",
     "DataParallelBase",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
@@ -104,6 +111,7 @@ __all__ = [
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "VocabParallelEmbedding",
     "all_to_all",
     "apply_factories",
     "build_module",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from parallel.activations import plug_activation
 from parallel.attention import PackedAttention
 from parallel.engine import (
     IdentityOp,
@@ -14,7 +15,6 @@ from parallel.engine import (
     get_gpt_layer_local_spec,
     get_num_layers_to_build,
 )
-from parallel.kernels import swiglu
 from parallel.norms import Norm
 from parallel.self_attention import FusedSelfAttention
 
@@ -81,10 +81,7 @@ def block_spec(config: Any, vp_stage: int | None = None) -> Any:
     else:
         mlp.router = BalancedRouter
         mlps = [mlp.experts.submodules, mlp.shared_experts.submodules]
-    if config.use_te_activation_func:
-        # megatron's name for: the activation is a submodule, and takes all of fc1's output
-        for each in mlps:
-            each.activation_func = swiglu.fused
+    plug_activation(config, mlps)
     attention.core_attention = PackedAttention
     if getattr(config, "fused_qk_norm_rope", False):
         parts.self_attention.module = FusedSelfAttention

@@ -35,7 +35,7 @@ from pretrain.complete_checkpoints import complete_steps
 from pretrain.config import CheckpointConfig, ModelConfig
 from pretrain.config.rope import RopeScalingConfig
 from pretrain.data_parallel import gather_weights
-from pretrain.models.sizes import head_size
+from pretrain.models.sizes import activation, head_size
 from pretrain.optimizer_state import fp32_weights_name, load_from_other_form
 from pretrain.recovery.fault_points import reach
 from pretrain.recovery.retention import doomed, size_of
@@ -262,6 +262,8 @@ def model_identity(config: ModelConfig, vocab_size: int, precision: str) -> dict
     free |= {"moe_aux_loss"}
     if not config.mup:  # its keys then mean nothing, and older checkpoints lack them
         free |= {"mup", "mup_base_hidden_size", "mup_base_head_size"}
+    if activation(config) == activation(config.model_copy(update={"activation": None})):  # likewise, the family's own
+        free |= {"activation"}
     if config.num_experts is None:  # likewise
         free |= {"moe_top_k"}
     model = {key: value for key, value in config.model_dump().items() if key not in free}

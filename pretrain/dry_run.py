@@ -22,6 +22,7 @@ from pretrain.layouts import layout_from, layouts_ahead
 from pretrain.learning_rate import learning_rate
 from pretrain.models.memory import Batch, Kernels, StageMemory, memory_by_stage, not_counted
 from pretrain.models.sizes import (
+    activation,
     block_parameters,
     count_parameters,
     embedding_parameters,
@@ -158,15 +159,15 @@ def _stretch(
 def kernels_of(config: RunConfig) -> Kernels:
     """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
     gpu = config.train.precision != "fp32"
-    keys = ("swiglu", "qk_norm_rope", "head")
-    fused = {key: getattr(config.kernels, key) == "fused" for key in keys}
+    gate = "swiglu" if activation(config.model) == "silu" else "geglu"
+    keys = {"fused_gate": gate, "fused_qk_norm_rope": "qk_norm_rope", "fused_head": "head"}
+    choices = {field: getattr(config.kernels, key) for field, key in keys.items()}
     if not gpu:
         from parallel.kernels.choice import choose, kernels
 
-        for kernel in (kernels()[key] for key in keys):
-            if getattr(config.kernels, kernel.name) == "auto":
-                fused[kernel.name] = choose(kernel, "auto", "cpu")[0] == "fused"
-    return Kernels(gpu=gpu, **{f"fused_{key}": fused[key] for key in keys})
+        for field, key in keys.items():
+            choices[field] = choose(kernels()[key], choices[field], "cpu")[0]
+    return Kernels(gpu=gpu, **{field: choice == "fused" for field, choice in choices.items()})
 
 
 def _memory(stage: StageMemory) -> dict[str, int]:

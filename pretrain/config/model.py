@@ -47,6 +47,10 @@ class ModelConfig(StrictModel):
     """Width of one head; hidden_size / num_attention_heads when not given. Qwen3 has 128 whatever the others are."""
     ffn_hidden_size: Positive
     """Inner width of the MLP."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
+    """What the MLP applies to its gate, in `wonton` to its inner numbers: SiLU (SwiGLU), the exact GELU (GeGLU in
+    `llama` and `qwen3`) or GELU's tanh approximation, as Gemma has it; the family's own (silu, in wonton gelu) when not
+    given."""
     vocab_size: Positive | None = None
     """Rows of the embedding; the tokenizer's size rounded up to a multiple of 128 when not given."""
     rope_base: PositiveFloat = 10000.0
@@ -100,6 +104,12 @@ class ModelConfig(StrictModel):
         return PRESETS[name].model_dump(exclude_unset=True) | dict(raw)
 
     @model_validator(mode="after")
+    def _activation_fits(self) -> Self:
+        if self.activation == "silu" and self.family == "wonton":
+            raise ValueError("activation silu: the wonton family has no gates; take gelu or gelu_tanh")
+        return self
+
+    @model_validator(mode="after")
     def _experts_fit(self) -> Self:
         if self.num_experts is None:
             if self.moe_ffn_hidden_size or self.moe_shared_ffn_hidden_size:
@@ -128,3 +138,10 @@ class KernelsConfig(StrictModel):
     head: Literal["auto", "torch", "fused"] = "auto"
     """Output layer and loss; `fused` never has the logits of more than a part of a micro-batch's tokens in memory. It
     is refused where it is not built, and for fp16."""
+    geglu: Literal["auto", "torch", "fused"] = "auto"
+    """The same where `model.activation` is `gelu` or `gelu_tanh`."""
+    bias_gelu: Literal["auto", "torch", "fused"] = "auto"
+    """Bias and activation of the MLP in `wonton`."""
+    embedding: Literal["auto", "torch", "fused"] = "auto"
+    """Gradient of the input embedding: `fused` sorts the tokens, sums those that are equal, and adds to the rows that
+    occur only."""

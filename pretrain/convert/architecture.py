@@ -14,7 +14,7 @@ from data_scheduler.encoder import Encoder
 from headrace.errors import ConfigError
 from pretrain.config import ModelConfig
 from pretrain.convert.rope import rope_from_hf, rope_to_hf
-from pretrain.models.sizes import FAMILIES, has_qk_norm, head_size, query_groups
+from pretrain.models.sizes import FAMILIES, Activation, activation, has_qk_norm, head_size, query_groups
 
 Family = Literal["llama", "qwen3"]
 ARCHITECTURES: dict[Family, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -22,6 +22,12 @@ ARCHITECTURES: dict[Family, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3
 DEFAULTS: dict[Family, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "head_dim": None},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+HIDDEN_ACT: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 COMMON_DEFAULTS = {
     "hidden_act": "silu",
@@ -59,7 +65,7 @@ def to_hf_config(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": query_groups(model),
         "head_dim": head_size(model),
-        "hidden_act": "silu",
+        "hidden_act": next(name for name, ours in HIDDEN_ACT.items() if ours == activation(model)),
         "max_position_embeddings": seq_len,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
@@ -91,7 +97,7 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     for key, unsupported in (
         ("attention_bias", bool(config.get("attention_bias"))),
         ("mlp_bias", bool(config.get("mlp_bias"))),
-        ("hidden_act", config["hidden_act"] not in ("silu", "swish")),
+        ("hidden_act", config["hidden_act"] not in HIDDEN_ACT),
         ("use_sliding_window", bool(config.get("use_sliding_window"))),
         ("quantization_config", config.get("quantization_config") is not None),
         ("hidden_size", config["head_dim"] is None and hidden % heads != 0),
@@ -109,6 +115,7 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             num_query_groups=groups,
             head_size=None if head_dim * heads == hidden else head_dim,
             ffn_hidden_size=config["intermediate_size"],
+            activation=None if HIDDEN_ACT[config["hidden_act"]] == "silu" else HIDDEN_ACT[config["hidden_act"]],
             vocab_size=config["vocab_size"],
             **rope_from_hf(config, where),
             norm_eps=config["rms_norm_eps"],

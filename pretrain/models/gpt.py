@@ -3,21 +3,21 @@
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
-from headrace.errors import ConfigError
 from parallel import accelerator
+from parallel.activations import set_activation
+from parallel.embedding import use_sorted_gradient
 from parallel.engine import GPTModel, TransformerConfig, parallel_state
-from parallel.kernels import choice, qk_norm_rope, swiglu
 from parallel.layout import Layout
 from parallel.spec import block_spec, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import LossInputs, vocab_parallel_cross_entropy
+from pretrain.models.fused import activation_is_fused, embedding_is_fused, qk_norm_rope_is_fused
 from pretrain.models.head import fuse_head, head_is_fused, summed_losses, token_losses
 from pretrain.models.initialize import initialize_weights
 from pretrain.models.multi_token import MultiTokenHeads
 from pretrain.models.mup import attention_scale, scale_logits
-from pretrain.models.sizes import FAMILIES, expert_ffn_size, has_qk_norm, head_size, query_groups
+from pretrain.models.sizes import FAMILIES, activation, expert_ffn_size, has_qk_norm, head_size, query_groups
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
@@ -91,9 +91,6 @@ def transformer_config(
         qk_layernorm=has_qk_norm(config),
         add_bias_linear=family.biases,
         gated_linear_unit=family.gated,
-        activation_func=F.silu if family.gated else F.gelu,
-        # Has nothing to do with TransformerEngine here, see block_spec.
-        use_te_activation_func=_swiglu_is_fused(config, kernels, dtype),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_dropout_fusion=False,
@@ -123,7 +120,8 @@ def transformer_config(
         **_mixture_of_experts(config, layout),
         **_recompute(config, recompute),
     )
-    megatron.fused_qk_norm_rope = _qk_norm_rope_is_fused(kernels, dtype)  # megatron has no such field; for block_spec
+    megatron.fused_qk_norm_rope = qk_norm_rope_is_fused(kernels, dtype)  # megatron has no such field; for block_spec
+    set_activation(megatron, activation(config), activation_is_fused(config, kernels, dtype))
     return megatron
 
 
@@ -149,26 +147,6 @@ def _recompute(config: ModelConfig, recompute: Recompute) -> dict[str, Any]:
     if recompute == "selective" and config.num_experts is not None:
         options["recompute_modules"] = ["core_attn", "moe"]
     return options
-
-
-def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig, dtype: torch.dtype) -> bool:
-    if not FAMILIES[config.family].gated:
-        if kernels.swiglu == "fused":
-            raise ConfigError(f"kernels.swiglu: fused, but {config.family} has no SwiGLU; leave the key out")
-        return False
-    if dtype not in swiglu.DTYPES:
-        if kernels.swiglu == "fused":
-            raise ConfigError("kernels.swiglu: fused does not take fp16; leave the key out")
-        return False
-    return choice.choose(swiglu.KERNEL, kernels.swiglu, accelerator.device().type)[0] == "fused"
-
-
-def _qk_norm_rope_is_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:
-    if dtype not in qk_norm_rope.DTYPES:
-        if kernels.qk_norm_rope == "fused":
-            raise ConfigError("kernels.qk_norm_rope: fused does not take fp16; leave the key out")
-        return False
-    return choice.choose(qk_norm_rope.KERNEL, kernels.qk_norm_rope, accelerator.device().type)[0] == "fused"
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
@@ -215,6 +193,8 @@ def build_model(
         chunk.multi_token_heads = None
         if config.mtp is not None and chunk.post_process:
             chunk.multi_token_heads = MultiTokenHeads(megatron, config.mtp.depth, chunk.pg_collection, vp_stage)
+        if chunk.pre_process and embedding_is_fused(kernels or KernelsConfig(), DTYPES[precision]):
+            use_sorted_gradient(chunk, layout.overlap_grad_reduce)
         mark_experts(chunk)
         chunks.append(chunk.to(accelerator.device()))
     initialize_weights(chunks, config, seed)

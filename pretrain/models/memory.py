@@ -56,8 +56,8 @@ class Kernels(NamedTuple):
     gpu: bool = True
     """Variable-length flash attention and fused RMSNorm; on a CPU attention keeps its output twice (each document's,
     and all together) and RMSNorm also x and x/rms in fp32."""
-    fused_swiglu: bool = False
-    """Keeps neither silu(gate) nor the activation's factors."""
+    fused_gate: bool = False
+    """SwiGLU and GeGLU: keeps neither silu(gate) nor the activation's factors."""
     fused_qk_norm_rope: bool = False
     """Keeps the fused projection's output, and of queries and keys only what attention multiplies."""
     fused_head: bool = False
@@ -238,7 +238,7 @@ def _block(model: ModelConfig, layout: Layout, itemsize: int, kernels: Kernels) 
     elif layout.context_parallel_size > 1:
         rotated += itemsize * (2 * key_value * layout.context_parallel_size - key_value)
     if family.gated:
-        mlp = itemsize * ffn * (3 if kernels.fused_swiglu else 5)
+        mlp = itemsize * ffn * (3 if kernels.fused_gate else 5)
     else:
         mlp = itemsize * ffn * 2
     return _Block(

@@ -5,11 +5,13 @@ Example: `llama`, 2 layers, hidden 64, 4 heads in 2 groups, FFN 128, vocabulary 
 last norm that is 106,816 parameters.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from parallel.layout import BatchShape, Shape
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig
 from pretrain.stages import StageSettings, batches_ahead, parallel_of, settings_of
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
 class Family(NamedTuple):
@@ -20,7 +22,7 @@ class Family(NamedTuple):
     biases: bool
     """Biases in linear layers."""
     gated: bool
-    """SwiGLU (arXiv 2002.05202) instead of GELU."""
+    """A gated MLP, SwiGLU unless the config says otherwise (arXiv 2002.05202), instead of GELU."""
     qk_norm: bool
     """Norm on queries and keys unless the config says otherwise."""
 
@@ -30,6 +32,11 @@ FAMILIES = {
     "llama": Family("RMSNorm", biases=False, gated=True, qk_norm=False),
     "qwen3": Family("RMSNorm", biases=False, gated=True, qk_norm=True),
 }
+
+
+def activation(config: ModelConfig) -> Activation:
+    """What the MLP applies to its gate, or to its inner numbers where there is none."""
+    return config.activation or ("silu" if FAMILIES[config.family].gated else "gelu")
 
 
 def has_qk_norm(config: ModelConfig) -> bool:

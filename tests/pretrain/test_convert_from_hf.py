@@ -97,8 +97,10 @@ def run_config(run_dir: Path, model: ModelConfig, data: DataConfig, **changes: A
                 "original_max_position_embeddings": 16,
             }
         },
+        {"hidden_act": "gelu"},
+        {"hidden_act": "gelu_pytorch_tanh", "qwen3": True},
     ],
-    ids=["untied", "tied", "mha", "qwen3", "wide heads", "linear", "llama3", "yarn"],
+    ids=["untied", "tied", "mha", "qwen3", "wide heads", "linear", "llama3", "yarn", "geglu", "tanh"],
 )
 def test_a_random_model_computes_the_same_here(
     changes: dict[str, Any], tmp_path: Path, data_config: Callable[..., DataConfig]
@@ -220,7 +222,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], type[HeadraceError], str]] = {
     "no architecture": (config_with(model_type=None, architectures=None), ConfigError, "LlamaForCausalLM and Qwen3"),
     "attention bias": (config_with(attention_bias=True), ConfigError, "attention_bias = True is not supported"),
     "MLP bias": (config_with(mlp_bias=True), ConfigError, "mlp_bias = True is not supported"),
-    "activation": (config_with(hidden_act="gelu"), ConfigError, "hidden_act = 'gelu' is not supported"),
+    "activation": (config_with(hidden_act="relu"), ConfigError, "hidden_act = 'relu' is not supported"),
     "head size": (config_with(head_dim=15), ConfigError, "head_dim = 15 is not supported"),
     "quantized": (config_with(quantization_config={"bits": 4}), ConfigError, "quantization_config"),
     "no size": (config_with(hidden_size="64"), ConfigError, "hidden_size must be a whole number, got '64'"),
@@ -333,6 +335,8 @@ def test_configurations_of_other_versions_of_transformers() -> None:
     assert bare.norm_eps == default.rms_norm_eps
     assert bare.tie_embeddings == default.tie_word_embeddings
     assert bare.num_query_groups == SIZES["num_attention_heads"]
+    for theirs, ours in (("silu", None), ("swish", None), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh")):
+        assert from_hf_config(old | {"hidden_act": theirs}, "old").activation == ours
     qwen3 = Qwen3Config()
     filled = {"model_type": "qwen3", "vocab_size": 640, "hidden_size": 4096, "intermediate_size": 96}
     model = from_hf_config(filled | {"num_hidden_layers": 2, "num_attention_heads": 32}, "qwen3")

@@ -18,7 +18,7 @@ from pretrain.step import TrainState, train_step
 
 TOLERANCE = 0.1
 """Of activations. What is left out: rsqrt of norms on a CPU, masks of split vocabularies, a dozen numbers a token."""
-HERE = Kernels(gpu=False, fused_swiglu=False)
+HERE = Kernels(gpu=False, fused_gate=False)
 
 
 class Held:
