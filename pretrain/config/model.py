@@ -122,3 +122,8 @@ class KernelsConfig(StrictModel):
 
     swiglu: Literal["auto", "torch", "fused"] = "auto"
     """Activation of the MLP in `llama` and `qwen3`; `fused` is refused where it is not built."""
+    adamw: Literal["auto", "torch", "fused"] = "auto"
+    """AdamW's update, with clipping and the copy to 16-bit weights in the same pass; `fused` is refused where it is not
+    built, and for `optimizer.kind: sgd`. A run may change it on resume."""
+    grad_norm: Literal["auto", "torch", "fused"] = "auto"
+    """The norm of all gradients; `fused` is refused where it is not built."""
