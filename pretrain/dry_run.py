@@ -158,8 +158,9 @@ def kernels_of(config: RunConfig) -> Kernels:
     choice = config.kernels.swiglu
     if choice == "auto" and not gpu:
         from parallel.kernels import swiglu
+        from parallel.kernels.choice import choose
 
-        choice = swiglu.choose("auto", "cpu")[0]
+        choice = choose(swiglu.KERNEL, "auto", "cpu")[0]
     return Kernels(gpu=gpu, fused_swiglu=choice == "fused")
 
 

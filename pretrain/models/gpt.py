@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from headrace.errors import ConfigError
 from parallel import accelerator
 from parallel.engine import GPTModel, TransformerConfig, parallel_state
-from parallel.kernels import swiglu
+from parallel.kernels import choice, swiglu
 from parallel.layout import Layout
 from parallel.spec import block_spec, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
@@ -150,7 +150,7 @@ def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig, dtype: torch.d
         if kernels.swiglu == "fused":
             raise ConfigError("kernels.swiglu: fused does not take fp16; leave the key out")
         return False
-    return swiglu.choose(kernels.swiglu, accelerator.device().type)[0] == "fused"
+    return choice.choose(swiglu.KERNEL, kernels.swiglu, accelerator.device().type)[0] == "fused"
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
