@@ -129,7 +129,7 @@ def fused(
         )
     except RuntimeError:
         # The operator checks all of it, before it changes anything. Doing it here first takes 1 ms for 400 tensors.
-        _check(weights, gradients, exp_avgs, exp_avg_sqs, groups, lows, bases, grad_norm)
+        _check(weights, gradients, exp_avgs, exp_avg_sqs, lows, sizes, bases, grad_norm)
         raise
     return result
 
@@ -139,8 +139,8 @@ def _check(
     gradients: Tensors,
     exp_avgs: Tensors,
     exp_avg_sqs: Tensors,
-    groups: Sequence[Group],
     lows: Tensors,
+    sizes: Sequence[int],
     bases: Sequence[int],
     grad_norm: torch.Tensor | None,
 ) -> None:
@@ -170,8 +170,8 @@ def _check(
             if tensor.device != weights[0].device:
                 found = f"{name}[{number}] is on {tensor.device}, weights[0] on {weights[0].device}"
                 raise ValueError(f"fused adamw: {found}")
-    if sum(group.tensors for group in groups) != len(weights):
-        raise ValueError(f"fused adamw: groups are for {sum(group.tensors for group in groups)} of {len(weights)} tensors")
+    if sum(sizes) != len(weights):
+        raise ValueError(f"fused adamw: groups are for {sum(sizes)} of {len(weights)} tensors")
     if bases and len(bases) != len(weights):
         raise ValueError(f"fused adamw: bases has {len(bases)} numbers, not {len(weights)}")
     if grad_norm is not None and (grad_norm.dtype, grad_norm.numel()) != (torch.float64, 1):
@@ -254,6 +254,7 @@ def _shape(
     seed: int,
     sums: bool,
 ) -> torch.Tensor:
+    _check(weights, gradients, exp_avgs, exp_avg_sqs, lows, group_sizes, bases, grad_norm)
     return weights[0].new_empty(len(weights) if sums else 0, 3, dtype=torch.float64)
 
 

@@ -68,6 +68,7 @@ def _check(gradients: Sequence[torch.Tensor]) -> None:
 
 
 def _shapes(gradients: Sequence[torch.Tensor]) -> Sums:
+    _check(gradients)
     first = gradients[0]
     total = first.new_empty(1, dtype=torch.float64)
     return first.new_empty(len(gradients), dtype=torch.float64), total, first.new_empty(1, dtype=torch.float32)

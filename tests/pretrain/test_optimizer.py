@@ -7,8 +7,12 @@ from tiny_run import tiny_batch, tiny_config, tiny_state
 
 from parallel import process_groups
 from parallel.adam import GroupStepAdam
+from parallel.kernels import extension
 from parallel.layout import Layout
+from pretrain.config import KernelsConfig
 from pretrain.step import train_step
+
+built = pytest.mark.skipif(bool(extension.problem()), reason=f"kernels: {extension.problem()}")
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
