@@ -164,9 +164,13 @@ def _check(
                 wanted = " or ".join(map(str, dtypes))
                 raise TypeError(f"fused adamw: {name}[{number}] is {tensor.dtype}; it takes {wanted} for all of {name}")
             if tensor.numel() != weight.numel():
-                raise ValueError(f"fused adamw: {name}[{number}] has {tensor.numel()} numbers, its weight {weight.numel()}")
+                raise ValueError(
+                    f"fused adamw: {name}[{number}] has {tensor.numel()} numbers, its weight {weight.numel()}"
+                )
             if not tensor.is_contiguous():
-                raise ValueError(f"fused adamw: {name}[{number}] has strides {list(tensor.stride())}; make it contiguous")
+                raise ValueError(
+                    f"fused adamw: {name}[{number}] has strides {list(tensor.stride())}; make it contiguous"
+                )
             if tensor.device != weights[0].device:
                 found = f"{name}[{number}] is on {tensor.device}, weights[0] on {weights[0].device}"
                 raise ValueError(f"fused adamw: {found}")

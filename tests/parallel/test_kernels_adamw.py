@@ -1,6 +1,7 @@
 """Fused AdamW against float64, against torch's kernel bit for bit, and in each form of a weight."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,9 @@ def same(ours: Case, theirs: Case) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.integers(0, 200) | st.sampled_from([1023, 1024, 1025, 4099, 16384, 16385]), min_size=1, max_size=5),
+    sizes=st.lists(
+        st.integers(0, 200) | st.sampled_from([1023, 1024, 1025, 4099, 16384, 16385]), min_size=1, max_size=5
+    ),
     gradient=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),
     step=st.integers(1, 10**6),
@@ -77,8 +80,8 @@ def test_five_steps_have_the_bits_of_torchs_kernel(max_norm: float, weight_decay
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             *(theirs.weights, clipped, theirs.exp_avgs, theirs.exp_avg_sqs, [], steps),
-            **{"lr": 1e-3 * step, "beta1": beta1, "beta2": 0.95, "weight_decay": weight_decay, "eps": 1e-8},
-            **{"amsgrad": False, "maximize": False},
+            lr=1e-3 * step, beta1=beta1, beta2=0.95, weight_decay=weight_decay, eps=1e-8,
+            amsgrad=False, maximize=False,
         )
     vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     assert same(mine, theirs) or not vectors
@@ -111,12 +114,14 @@ def test_the_remainder_and_random_forms_are_the_references() -> None:
                 tensor.zero_()
         theirs = mine.copy()
         sums = update(mine, seed=2**62 + 5, sums=True)
-        torch.testing.assert_close(update(theirs, adamw.reference, seed=2**62 + 5, sums=True), sums, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(
+            update(theirs, adamw.reference, seed=2**62 + 5, sums=True), sums, rtol=1e-6, atol=0.0
+        )
         assert same(mine, theirs), form
 
 
 def test_random_rounding_is_right_on_average_and_to_a_neighbour() -> None:
-    """A weight of 1 that falls by a tenth of the distance to the next bf16, 1 - 2^-8, lands there in a tenth of cases."""
+    """A weight of 1 that falls by a tenth of the distance to the next bf16 lands there in a tenth of cases."""
     size, below = 200_000, 1.0 - 2**-8
     landed = []
     for step in (1, 2):
@@ -138,7 +143,7 @@ def test_random_rounding_does_not_depend_on_the_sharding() -> None:
     cuts = [0, 3, 4096, 7001, 10_000]
 
     def pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor[start:end].clone() for start, end in zip(cuts, cuts[1:], strict=False)]
+        return [tensor[start:end].clone() for start, end in itertools.pairwise(cuts)]
 
     parts = Case(*map(pieces, next(zip(*whole.lists, strict=True))), groups=[whole.groups[0]._replace(tensors=4)])
     parts.bases = [123 + start for start in cuts[:-1]]
@@ -249,9 +254,7 @@ def test_torch_finds_the_operator_sound(form: str) -> None:
     each = case(form, [33, 7])
     numbers = torch.tensor([group[1:] for group in each.groups], dtype=torch.float64)
     lists = [each.weights, each.lows, each.gradients, each.exp_avgs, each.exp_avg_sqs]
-    torch.library.opcheck(
-        torch.ops.headrace.adamw_, (*lists, numbers, [1, 1], each.bases, norm_of(3.0), 1.0, 5, True)
-    )
+    torch.library.opcheck(torch.ops.headrace.adamw_, (*lists, numbers, [1, 1], each.bases, norm_of(3.0), 1.0, 5, True))
 
 
 def test_compiles_into_one_graph() -> None:

@@ -15,12 +15,16 @@ INF, NAN = float("inf"), float("nan")
 
 def gradients(sizes: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(size, generator=generator) * 10.0 ** (number - 2)).to(dtype) for number, size in enumerate(sizes)]
+    return [
+        (torch.randn(size, generator=generator) * 10.0 ** (number - 2)).to(dtype) for number, size in enumerate(sizes)
+    ]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.integers(0, 99) | st.sampled_from([1023, 1024, 1040, 16384, 16385, 40001]), min_size=1, max_size=6),
+    sizes=st.lists(
+        st.integers(0, 99) | st.sampled_from([1023, 1024, 1040, 16384, 16385, 40001]), min_size=1, max_size=6
+    ),
     dtype=st.sampled_from(grad_norm.DTYPES),
     seed=st.integers(0, 2**31),
 )
