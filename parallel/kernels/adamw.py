@@ -18,8 +18,8 @@ Moments are fp32. The first three have the same masters bit for bit (in the thir
 nearest with ties away from zero). Random numbers of the last are squares32 (arXiv 2004.06278) of the seed, the step and
 the number's place in the whole model (`bases`): the same for every way to shard the model.
 
-torch does the same in a pass for the norm's scale (24 bytes), one for the update (28) and one for the copies (8), and
-three more for `sums`. On CPUs with AVX2 masters and moments are the bits of torch's fused AdamW after clipping, but for
+torch does the same in a pass for the norm's scale (8 bytes), one for the update (28) and one for the copies (6), and
+moves 32 more for `sums`. On CPUs with AVX2 masters and moments are the bits of torch's fused AdamW after clipping, but for
 the last few numbers of a tensor, where torch rounds differently.
 """
 
