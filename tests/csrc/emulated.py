@@ -107,7 +107,7 @@ def launchers(
     compiled for AddressSanitizer, whose library must then be loaded before all others (LD_PRELOAD).
     """
     extra = ("-fsanitize=address", "-fno-omit-frame-pointer") if asan else ()
-    kernels = _kernels(family, defines, source, folder, extra)
+    kernels = _kernels(family, defines, source, folder, (*extra, "-fvisibility=default"))
     return _linked(f"{family}_launchers", [kernels, *_emulator(extra)], extra)
 
 
