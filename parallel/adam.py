@@ -46,7 +46,7 @@ class GroupStepAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        graded: list[list[torch.Tensor]] = []
+        graded: list[list[Any]] = []
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             graded.append([param for param in group["params"] if param.grad is not None])
@@ -72,12 +72,12 @@ class GroupStepAdam(torch.optim.Optimizer):
         assert self.fused, "torch's kernel takes gradients that have been clipped"
         self._clip = grad_norm, max_norm
 
-    def keep_sums(self) -> None:
-        """Leave `sums` behind the next update, and only behind it."""
+    def keep_sums(self, wanted: bool = True) -> None:
+        """Leave `sums` behind the next update, and only behind it; False: not even then."""
         assert self.fused, "torch's kernel adds nothing up"
-        self._keep_sums = True
+        self._keep_sums = wanted
 
-    def _step_fused(self, graded: list[list[torch.Tensor]]) -> None:
+    def _step_fused(self, graded: list[list[Any]]) -> None:
         keep_sums, self._keep_sums, self.sums = self._keep_sums, False, {}
         grad_norm, max_norm = self._clip or (None, 0.0)
         self._clip = None
@@ -88,12 +88,18 @@ class GroupStepAdam(torch.optim.Optimizer):
                 continue
             sums = adamw.fused(
                 params,
-                [param.grad for param in params if param.grad is not None],
+                [param.grad for param in params],
                 [self.state[param]["exp_avg"] for param in params],
                 [self.state[param]["exp_avg_sq"] for param in params],
                 [
                     adamw.Group(
-                        len(own), group["lr"], group["weight_decay"], *group["betas"], group["eps"], group["step"]
+                        tensors=len(own),
+                        lr=group["lr"],
+                        weight_decay=group["weight_decay"],
+                        beta1=group["betas"][0],
+                        beta2=group["betas"][1],
+                        eps=group["eps"],
+                        step=group["step"],
                     )
                     for own, group in zip(chosen, self.param_groups, strict=True)
                 ],
@@ -107,7 +113,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 
     # -- torch's kernel ------------------------------------------------------------------------------------------
 
-    def _step_torch(self, graded: list[list[torch.Tensor]]) -> None:
+    def _step_torch(self, graded: list[list[Any]]) -> None:
         for group, params in zip(self.param_groups, graded, strict=True):
             if not params:
                 continue

@@ -19,18 +19,19 @@ nearest with ties away from zero). Random numbers of the last are squares32 (arX
 the number's place in the whole model (`bases`): the same for every way to shard the model.
 
 torch does the same in a pass for the norm's scale (8 bytes), one for the update (28) and one for the copies (6), and
-moves 32 more for `sums`. On CPUs with AVX2 masters and moments are the bits of torch's fused AdamW after clipping, but for
-the last few numbers of a tensor, where torch rounds differently.
+moves 32 more for `sums`. On CPUs with AVX2 masters and moments are the bits of torch's fused AdamW after clipping, but
+for the last few numbers of a tensor, where torch rounds differently.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from parallel.kernels import extension
 from parallel.kernels.choice import Kernel
+from parallel.kernels.self_test import Trial
 
 FASTER_ON = frozenset({"cpu"})
 """Devices where `benchmarks/kernels.py` measured the fused form to be faster. CUDA is missing because no GPU was at
@@ -132,6 +133,31 @@ def fused(
         _check(weights, gradients, exp_avgs, exp_avg_sqs, lows, sizes, bases, grad_norm)
         raise
     return result
+
+
+def _trial(form: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """One update of masters by gradients of the inputs' dtype; `root` is the root of exp_avg_sq."""
+
+    def run(
+        weight: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, root: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        tensors = [each.detach().to(wide, copy=True) for each in (weight, exp_avg, root)]
+        tensors[2].square_()
+        norm = torch.full((1,), 2.0, dtype=torch.float64, device=weight.device)
+        group = Group(1, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=2)
+        lists = [[each] for each in (tensors[0], gradient.detach(), *tensors[1:])]
+        return *tensors, form(*lists, [group], grad_norm=norm, max_norm=1.0, sums=True)[:, ::2]
+
+    return run
+
+
+TRIAL = Trial(
+    KERNEL,
+    lambda: tuple(torch.randn(300_000, dtype=torch.float64) * scale for scale in (0.02, 1.0, 0.1, 1.0)),
+    _trial(fused),
+    _trial(reference),
+)
 
 
 def _check(

@@ -10,12 +10,13 @@ same bits for the same tensors always: each sum has one order, with any number o
 up to 64 of them (CPU; 128 on a GPU), everything after that is float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from parallel.kernels import extension
 from parallel.kernels.choice import Kernel
+from parallel.kernels.self_test import Trial
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
@@ -45,6 +46,18 @@ def fused(gradients: Sequence[torch.Tensor]) -> Sums:
         _check(gradients)  # which says it better than the operator, but takes longer than many a launch
         raise
     return sums
+
+
+def _trial(form: Callable[[Sequence[torch.Tensor]], Sums]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    return lambda *gradients: form([gradient.detach() for gradient in gradients])[:2]
+
+
+TRIAL = Trial(
+    KERNEL,
+    lambda: tuple(torch.randn(size, dtype=torch.float64) for size in (300_000, 77)),
+    _trial(fused),
+    _trial(reference),
+)
 
 
 def _check(gradients: Sequence[torch.Tensor]) -> None:

@@ -69,6 +69,8 @@ class Weights:
     def after_no_update(self) -> None:
         """Instead of `after_update`, where the update was skipped: of that there is nothing to tell."""
         if self._adams is not None:
+            for each in self._adams:
+                each.keep_sums(False)
             self._add_what_was()
         self._before = []
 

@@ -80,8 +80,13 @@ def test_five_steps_have_the_bits_of_torchs_kernel(max_norm: float, weight_decay
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             *(theirs.weights, clipped, theirs.exp_avgs, theirs.exp_avg_sqs, [], steps),
-            lr=1e-3 * step, beta1=beta1, beta2=0.95, weight_decay=weight_decay, eps=1e-8,
-            amsgrad=False, maximize=False,
+            lr=1e-3 * step,
+            beta1=beta1,
+            beta2=0.95,
+            weight_decay=weight_decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
         )
     vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     assert same(mine, theirs) or not vectors
