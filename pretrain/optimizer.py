@@ -3,11 +3,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from parallel import process_groups
+from headrace.errors import ConfigError
+from parallel import accelerator, process_groups
 from parallel.adam import GroupStepAdam
 from parallel.engine import (
     MegatronOptimizerConfig,
@@ -17,7 +19,10 @@ from parallel.engine import (
     get_parameter_groups,
     parallel_state,
 )
+from parallel.fused_adamw import use_fused_adamw
 from parallel.fused_matrices import FUSIONS, AttentionShape, fusion_of
+from parallel.gradient_norm import gradient_norm
+from parallel.kernels import adamw, choice, grad_norm
 from parallel.layout import Layout
 from parallel.muon import Muon
 from parallel.parameter_names import is_block_matrix, parameter_names
@@ -59,9 +64,25 @@ def build_optimizer(config: RunConfig, chunks: Sequence[LanguageModel], layout: 
     if layout.fully_sharded:
         for part in optimizer.chained_optimizers:
             part.grad_stats_parallel_group = process_groups.world()  # each rank has other rows
+    _use_kernels(optimizer, config)
     if precision == "fp16":
         megatron.grad_scale_func = optimizer.scale_loss
     return optimizer, wrapped
+
+
+def _use_kernels(optimizer: Any, config: RunConfig) -> None:
+    """What `kernels.adamw` and `kernels.grad_norm` say. Raises ConfigError for `fused` where it cannot be."""
+    device, wanted = accelerator.device().type, config.kernels
+    if choice.choose(grad_norm.KERNEL, wanted.grad_norm, device)[0] == "fused":
+        optimizer.get_grad_norm = partial(gradient_norm, optimizer)
+    updated = 0
+    if choice.choose(adamw.KERNEL, wanted.adamw, device)[0] == "fused":
+        updated = use_fused_adamw(optimizer)
+    if wanted.adamw == "fused" and not updated:
+        why = f"optimizer.kind is {config.optimizer.kind}"
+        if config.optimizer.kind != "sgd":
+            why = "TransformerEngine's or apex's Adam is in use"
+        raise ConfigError(f"kernels.adamw: fused, but {why}; leave the key out")
 
 
 def _megatron_config(config: RunConfig, layout: Layout, sharded: bool) -> Any:
@@ -145,18 +166,30 @@ def update(
         parameter.grad = None  # such a parameter is passed over by the norm, by clipping and by the update
     if measurement is not None:
         measurement.before_update()
-    grad_norm = float(optimizer.get_grad_norm())
-    allowed = allows is None or allows(grad_norm)
-    if not allowed or not math.isfinite(grad_norm):
-        return grad_norm, True
-    for part in optimizer.chained_optimizers:
-        parameters = [parameter for parameter in part.get_parameters() if parameter.grad is not None]
-        if config.clip_grad > 0.0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=config.clip_grad, total_norm=grad_norm)
+    norm = torch.as_tensor(optimizer.get_grad_norm(), dtype=torch.float64, device=accelerator.device()).view(1)
+    total = float(norm)
+    allowed = allows is None or allows(total)
+    if not allowed or not math.isfinite(total):
+        if measurement is not None:
+            measurement.after_no_update()
+        return total, True
+    if config.clip_grad > 0.0:
+        _clip(optimizer, norm, total, config.clip_grad)
     optimizer.step_with_ready_grads()
     if measurement is not None:
         measurement.after_update()
-    return grad_norm, False
+    return total, False
+
+
+def _clip(optimizer: Any, norm: torch.Tensor, total: float, limit: float) -> None:
+    """Scale the gradients, whose norm is `total`, down to `limit`: now, or in the update by our kernel."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, GroupStepAdam) and part.optimizer.fused:
+            part.optimizer.clip(norm, limit)
+            continue
+        parameters = [parameter for parameter in part.get_parameters() if parameter.grad is not None]
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=total)
 
 
 def loss_scale(optimizer: Any) -> float:

@@ -145,3 +145,8 @@ class KernelsConfig(StrictModel):
     embedding: Literal["auto", "torch", "fused"] = "auto"
     """Gradient of the input embedding: `fused` sorts the tokens, sums those that are equal, and adds to the rows that
     occur only."""
+    adamw: Literal["auto", "torch", "fused"] = "auto"
+    """AdamW's update, with clipping and the copy to 16-bit weights in the same pass; `fused` is refused where it is not
+    built, and for `optimizer.kind: sgd`. A run may change it on resume."""
+    grad_norm: Literal["auto", "torch", "fused"] = "auto"
+    """The norm of all gradients; `fused` is refused where it is not built."""

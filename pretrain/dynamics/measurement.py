@@ -73,6 +73,10 @@ class Measurement:
         """The optimizer has made its step."""
         self._weights.after_update()
 
+    def after_no_update(self) -> None:
+        """The optimizer has left everything as it was, since the gradients are not finite."""
+        self._weights.after_no_update()
+
     def values(self, noise_scale: NoiseScale) -> Dynamics:
         """What the step's record says of it, the same on every rank, which all call this; `noise_scale` moves on."""
         totals = self._totals.reduce()
