@@ -1,6 +1,6 @@
 """Which nodes of an allocation a run uses, by what their checks said. Standard library only, as `attempts.py`.
 
-    choose_nodes({"a": "mixed", "b": "mixed", "c": "down*"}, checks, counts=[2], limits)   # use a and b; c is bad
+choose_nodes({"a": "mixed", "b": "mixed", "c": "down*"}, checks, counts=[2], limits)   # use a and b; c is bad
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
 
 
 def usable_node_counts(config: RunConfig, fewest: int, most: int, processes_per_node: int) -> list[int]:
-    """Numbers of nodes, from `fewest` to `most`, on which the run's layout works: 3 nodes may not divide a batch of 8."""
+    """Numbers of nodes, from `fewest` to `most`, on which the layout works: 3 nodes do not divide a batch of 8."""
     found = []
     for count in range(fewest, most + 1):
         try:

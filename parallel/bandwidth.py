@@ -2,7 +2,7 @@
 
 Each node and its neighbours, two nodes at a time, all their processes together, all-reduce 64 MB a process; a node's
 rates stand in `FOLDER/<node>.bandwidth.json`. A node that is slow with both neighbours has a slow link of its own; one
-that is slow with one of them has a slow neighbour. (A single all-reduce over all nodes would only say that one is slow.)
+that is slow with one of them has a slow neighbour. (One over all nodes would only say that some node is slow.)
 
 Rates are bus bandwidths, 2 (n - 1) / n · bytes / seconds for n processes, in GB/s: the wire's share of the work, which
 does not depend on n (NVIDIA's nccl-tests, doc/PERFORMANCE.md).

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from headrace.errors import ConfigError, LayoutError
 from launch.cli import app
+from launch.request import SlurmRequest
 from launch.site import Site, load_site
-from launch.slurm import SlurmRequest, launch_slurm
+from launch.slurm import launch_slurm
 from pretrain.config import load_config
 
 
@@ -38,7 +39,7 @@ def test_submitting_takes_a_snapshot(config: Path, slurm: FakeSlurm, tmp_path: P
     monkeypatch.setenv("PATH", slurm.environment()["PATH"])
     monkeypatch.setenv("FAKE_SLURM", str(slurm.here))
     for number in ("0001", "0002"):
-        assert launch_slurm(config, ["train.steps=9"], SlurmRequest(2, 4), Site(), dry_run=False) == "4711"
+        assert launch_slurm(config, ["train.steps=9"], SlurmRequest(2, 4), Site(), dry_run=False).jobs == ["4711"]
         snapshot = tmp_path / "runs" / "mill" / "launch" / number
         assert (snapshot / "job-id").read_text() == "4711\n"
         assert (slurm.here / "job.sh").read_text() == (snapshot / "job.sh").read_text()
@@ -120,8 +121,8 @@ def test_a_bad_site_file_is_refused(tmp_path: Path, text: str, message: str) -> 
 def test_a_site_file_adds_its_options(config: Path, tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump({"sbatch": {"exclusive": True, "mem": 0, "qos": "a b"}, "python": "/opt/py"}))
-    script = launch_slurm(config, [], SlurmRequest(2, 4), load_site(path), dry_run=True)
+    script = launch_slurm(config, [], SlurmRequest(2, 4), load_site(path), dry_run=True).script
     assert {"exclusive": "", "mem": "0", "qos": "a b"}.items() <= parse_directives(script).items()
-    assert "COMMAND=(/opt/py -P -m pretrain train " in script
+    assert "PYTHON=/opt/py\n" in script
     with pytest.raises(ConfigError, match="file not found"):
         load_site(tmp_path / "none.yaml")

@@ -53,7 +53,9 @@ def train_here(config: Path) -> None:
 def hashes(run_dir: Path) -> list[tuple[int, str]]:
     """(step, SHA-256 of its tokens) of every step."""
     path = run_dir / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    records = (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    )
     return [(record["step"], record["batch_sha256"]) for record in records if "loss" in record]
 
 

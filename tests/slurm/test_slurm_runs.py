@@ -27,7 +27,6 @@ def site(warm: Server) -> Site:
     )
 
 
-
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     folder = tmp_path_factory.mktemp("uninterrupted")

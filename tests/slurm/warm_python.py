@@ -4,8 +4,8 @@
     Site(python=server.python, environment=server.environment)
 
 SLURM starts `server.python`, a small program that hands its arguments, environment, output and namespaces to the
-server; the fork runs `pretrain` in them. Signals to the program reach the fork, its exit code becomes the program's, and
-when the program is killed so is the fork. Whatever is not `-m pretrain` runs in the real interpreter.
+server; the fork runs `pretrain` in them. Signals to the program reach the fork, its exit code becomes the program's,
+and when the program is killed so is the fork. Whatever is not `-m pretrain` runs in the real interpreter.
 """
 
 import array
@@ -81,7 +81,7 @@ def serve(path: str) -> None:
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGKILL) for pid in children] and None or os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: _end(children))
     os.rename(path + ".new", path)
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ, "new")
@@ -114,6 +114,12 @@ def serve(path: str) -> None:
                 except (KeyError, OSError):
                     pass
                 client.close()
+
+
+def _end(children: dict[int, socket.socket]) -> None:
+    for pid in children:
+        os.killpg(pid, signal.SIGKILL)
+    os._exit(0)
 
 
 def _message(client: object) -> int:
