@@ -143,6 +143,8 @@ class Attempts:
         if ends and ends[-1]["verdict"] in (STOP, GIVE_UP):
             why = f"an earlier job ended the run ({ends[-1]['why']}); launch it again to go on"
             return Decision(STOP, ends[-1]["code"], why)
+        if any(event["event"] == "cancel" for event in events):
+            return Decision(STOP, PASSING[0], "cancelled; launch it again to go on")
         if open_attempt(events) is None:
             return Decision(AGAIN, 0, "")
         return self.end(Outcome(AGAIN, PASSING[0], "the attempt was cut off: a node was lost", lost=True), limits, job)
@@ -175,13 +177,17 @@ class Attempts:
             "step": _step_of(begun, self.run_dir),
             "checkpoint": checkpoint,
         }
-        if outcome.verdict == AGAIN and saved and not outcome.lost and outcome.code in (0, PASSING[0]):
+        if outcome.verdict == AGAIN and any(event["event"] == "cancel" for event in events):
+            decision = Decision(STOP, outcome.code, f"cancelled; the newest checkpoint is of step {checkpoint}")
+        elif outcome.verdict == AGAIN and saved and not outcome.lost and outcome.code in (0, PASSING[0]):
             decision = Decision(SAVED, PASSING[0], f"saved at step {checkpoint}")
         elif outcome.verdict == AGAIN:
             decision = decide([event for event in events if event["event"] == "end"], failure, limits)
         else:
             decision = Decision(outcome.verdict, outcome.code, outcome.why)
-        self.note("end", attempt=begun.get("attempt"), job=job, **failure | {"verdict": decision.verdict})
+        why = decision.why if decision.verdict in (STOP, GIVE_UP) else outcome.why
+        own = {"verdict": decision.verdict, "why": why}
+        self.note("end", attempt=begun.get("attempt"), job=job, **failure | own)
         return decision
 
 

@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from headrace.errors import ConfigError
+from launch import jobs_cli
 
 app = typer.Typer(help="Run on a SLURM cluster, or in several processes on this machine.", no_args_is_help=True)
+for command in (jobs_cli.status, jobs_cli.logs, jobs_cli.cancel, jobs_cli.attach):
+    app.command()(command)
 
 Config = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -47,6 +50,23 @@ def local(
 
 
 @app.command()
+def ssh(
+    hostfile: Annotated[Path, typer.Argument(help="A host a line, such as `mill-1 slots=8`.", show_default=False)],
+    config: Config,
+    overrides: Overrides = None,
+    master: Annotated[str, typer.Option(help="The first host's address for the others; its name by default.")] = "",
+    max_failures: MaxFailures = 3,
+    max_same_step: MaxSameStep = 2,
+) -> None:
+    """Train on several machines over ssh and restart after crashes; they must share this folder and the run's."""
+    from launch.attempts import Limits
+    from launch.ssh import launch_ssh
+
+    code = launch_ssh(hostfile, config, overrides or [], Limits(max_failures, max_same_step), master)
+    raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+@app.command()
 def slurm(
     config: Config,
     overrides: Overrides = None,
@@ -75,8 +95,8 @@ def slurm(
     request = SlurmRequest(
         nodes=most,
         min_nodes=fewest,
-        gpus_per_node=_one_number("--gpus-per-node", gpus_per_node),
-        tasks_per_node=_one_number("--tasks-per-node", tasks_per_node),
+        gpus_per_node=one_number("--gpus-per-node", gpus_per_node),
+        tasks_per_node=one_number("--tasks-per-node", tasks_per_node),
         spares=spares,
         partition=partition,
         account=account,
@@ -112,7 +132,7 @@ def node_range(text: str) -> tuple[int, int]:
     return fewest, int(found[2] or fewest)
 
 
-def _one_number(option: str, text: str) -> int:
+def one_number(option: str, text: str) -> int:
     """`text` as the number that holds for every node; lists such as 4,8 are what SLURM calls heterogeneous."""
     if not text.isdecimal():
         raise ConfigError(

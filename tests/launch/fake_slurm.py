@@ -119,7 +119,12 @@ class FakeSlurm:
     def environment(self) -> dict[str, str]:
         """The environment in which the stand-ins are found."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k != "OMP_NUM_THREADS"}
-        return {**inherited, "FAKE_SLURM": str(self.here), "REAL_PYTHON": sys.executable, "PATH": f"{self.here / 'bin'}:{os.environ['PATH']}"}
+        return {
+            **inherited,
+            "FAKE_SLURM": str(self.here),
+            "REAL_PYTHON": sys.executable,
+            "PATH": f"{self.here / 'bin'}:{os.environ['PATH']}",
+        }
 
     def start(self, script: Path, nodes: int, restarts: int = 0, **variables: str) -> subprocess.Popen[str]:
         """The batch script as SLURM starts it on the job's first node."""

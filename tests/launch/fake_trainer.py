@@ -11,9 +11,10 @@ from launch.request import SlurmRequest
 from launch.site import Site
 from launch.slurm import Script, render_script
 
-# Stands in for the interpreter, so for the trainer. `plan` has one JSON list a run, by rank: a number is exited with,
-# "kill" and "wait" mean what they say, "save" waits for USR1, "peer" leaves with 1 once the killed are gone.
-# "saves" names checkpoints made, "step" a training record written by rank 0. Nobody leaves before all have started, and who leaves with a number is not disturbed by the end of others.
+# Stands in for the interpreter, so for the trainer. `plan` has one JSON list an attempt, by rank: a number is exited
+# with, "kill" and "wait" mean what they say, "save" waits for USR1, "peer" leaves with 1 once the killed are gone.
+# "saves" names checkpoints made, "step" is that of a training record which rank 0 writes. Nobody leaves before all have
+# started, and who leaves with a number is not disturbed by the end of others.
 TRAINER = r"""
 import json, os, signal, sys, time
 from pathlib import Path

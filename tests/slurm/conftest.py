@@ -14,6 +14,7 @@ from warm_python import Server
 
 LAB = Path(__file__).with_name("lab.sh")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel", "sinfo")
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 PATIENCE_S = 240.0
 """For any one thing to happen; on a machine that does nothing else the slowest takes 30 s."""
 
@@ -40,17 +41,17 @@ class Cluster:
 
     def finished(self, job: str, log: Path) -> str:
         """The state in which a job ended, when it has; shows `log` when it does not end."""
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        self.until(lambda: set(self.state(job).split()) <= over, f"job {job} ends", log)
+        self.until(lambda: set(self.state(job).split()) <= OVER, f"job {job} ends", log)
         return self.state(job)
 
-    def until(self, holds: Callable[[], object], what: str, log: Path | None = None) -> None:
-        """Wait until `holds()`."""
+    def until(self, holds: Callable[[], object], what: str, log: Path | None = None, job: str = "") -> None:
+        """Wait until `holds()`; not longer than `job` lives."""
         limit = time.monotonic() + PATIENCE_S
         while not holds():
-            if time.monotonic() > limit:
+            ended = bool(job) and set(self.state(job).split()) <= OVER
+            if (ended and not holds()) or time.monotonic() > limit:
                 text = "\n".join(path.read_text() for path in sorted(log.glob("*.log"))) if log else ""
-                raise AssertionError(f"not within {PATIENCE_S:g} s: {what}\n{self.run('squeue', '-a')}\n{text}")
+                raise AssertionError(f"{what}: not to be\n{self.run('squeue', '-a', '-t', 'all')}\n{text}")
             time.sleep(0.1)
 
 

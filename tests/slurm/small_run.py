@@ -1,9 +1,9 @@
 """A run small enough for four processes on two cores, and what it trained on."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
-
-import child_process
 
 from launch.attempts import Attempts
 
@@ -38,16 +38,11 @@ def write_config(corpus: Path, path: Path, run_dir: Path, **train: object) -> Pa
     return path
 
 
-def train_here(config: Path) -> None:
+def train_here(python: str, environment: dict[str, str], config: Path) -> None:
     """The same run in one process, never interrupted."""
-
-    def run() -> int:
-        from pretrain.config import load_config
-        from pretrain.loop import train
-
-        return int(train(load_config(config, [])))
-
-    assert child_process.run(run) == 0
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [python, "-m", "pretrain", "train", str(config)]
+    subprocess.run(command, env={**alone, **environment}, check=True, timeout=600)
 
 
 def hashes(run_dir: Path) -> list[tuple[int, str]]:

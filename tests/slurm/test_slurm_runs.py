@@ -28,9 +28,9 @@ def site(warm: Server) -> Site:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
+def uninterrupted(warm: Server, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train_here(write_config(corpus, folder / "run.yaml", folder / "run"))
+    train_here(warm.python, warm.environment, write_config(corpus, folder / "run.yaml", folder / "run"))
     found = hashes(folder / "run")
     assert len(found) == STEPS
     return found
@@ -44,11 +44,79 @@ def test_the_time_limit_saves_requeues_and_resumes(
     config = write_config(corpus, tmp_path / "run.yaml", run_dir)
     request = SlurmRequest(nodes=2, gpus_per_node=0, tasks_per_node=2, time="10")
     (job,) = launch_slurm(config, [], request, site, dry_run=False).jobs
-    cluster.until(lambda: len(hashes(run_dir)) > 5, "training", run_dir / "log")
+    cluster.until(lambda: len(hashes(run_dir)) > 5, "training", run_dir / "log", job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.finished(job, run_dir / "log") == "COMPLETED"
     assert verdicts(run_dir) == ["saved", "finished"]
     saved = attempts(run_dir, "end")[0]["checkpoint"]
     assert 5 < saved < STEPS
     assert attempts(run_dir, "start")[1]["checkpoint"] == saved
+    assert hashes(run_dir) == uninterrupted
+
+
+def test_a_bad_node_is_avoided_by_the_next_job(
+    cluster, site: Site, corpus: Path, tmp_path: Path, uninterrupted
+) -> None:
+    """The check fails on one of two nodes, and there is no spare. The first node to ask becomes the broken one."""
+    run_dir, mark = tmp_path / "run", tmp_path / "broken"
+    broken = f'ln -s "$SLURMD_NODENAME" {mark} 2>/dev/null; [ "$(readlink {mark})" != "$SLURMD_NODENAME" ]'
+    config = write_config(corpus, tmp_path / "run.yaml", run_dir)
+    site = site.model_copy(update={"preflight": PREFLIGHT.model_copy(update={"commands": [broken]})})
+    (job,) = launch_slurm(config, [], SlurmRequest(nodes=2, gpus_per_node=0), site, dry_run=False).jobs
+    cluster.until(lambda: attempts(run_dir, "resubmitted"), "the next job", run_dir / "log")
+    (again,) = attempts(run_dir, "resubmitted")
+    assert (again["instead_of"], cluster.finished(again["job"], run_dir / "log")) == (job, "COMPLETED")
+    (bad,) = {note["node"] for note in attempts(run_dir, "bad_node")}
+    assert bad == str(mark.readlink())
+    (start,) = attempts(run_dir, "start")
+    assert bad not in start["nodes"]
+    assert len(start["nodes"]) == 2
+    assert hashes(run_dir) == uninterrupted
+
+
+def test_lost_nodes_and_the_run_goes_on_with_fewer(
+    cluster, site: Site, corpus: Path, tmp_path: Path, uninterrupted
+) -> None:
+    """Three of four nodes train, two of them go down: SLURM requeues the job, which has two nodes to go on with."""
+    run_dir = tmp_path / "run"
+    config = write_config(corpus, tmp_path / "run.yaml", run_dir)
+    request = SlurmRequest(nodes=3, min_nodes=2, gpus_per_node=0)
+    (job,) = launch_slurm(config, [], request, site, dry_run=False).jobs
+    cluster.until(lambda: len(hashes(run_dir)) > 25, "training", run_dir / "log", job)
+    nodes = attempts(run_dir, "start")[0]["nodes"]
+    assert len(nodes) == 3
+    lost = ",".join(nodes[1:])
+    cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    try:
+        assert cluster.finished(job, run_dir / "log") == "COMPLETED"
+    finally:
+        cluster.run("scontrol", "update", f"nodename={lost}", "state=resume")
+    first, second = attempts(run_dir, "start")
+    assert not set(second["nodes"]) & set(nodes[1:])
+    assert (first["processes"], second["processes"]) == (3, 2)
+    assert second["checkpoint"] >= 20
+    assert verdicts(run_dir) == ["again", "finished"]
+    assert hashes(run_dir) == uninterrupted
+
+
+def test_a_spare_takes_the_place_of_a_lost_node(
+    cluster, site: Site, corpus: Path, tmp_path: Path, uninterrupted
+) -> None:
+    """In the same job: it is not requeued."""
+    run_dir = tmp_path / "run"
+    config = write_config(corpus, tmp_path / "run.yaml", run_dir)
+    request = SlurmRequest(nodes=2, spares=1, gpus_per_node=0)
+    (job,) = launch_slurm(config, [], request, site, dry_run=False).jobs
+    cluster.until(lambda: len(hashes(run_dir)) > 25, "training", run_dir / "log", job)
+    nodes = attempts(run_dir, "start")[0]["nodes"]
+    cluster.run("scontrol", "update", f"nodename={nodes[1]}", "state=down", "reason=test")
+    try:
+        assert cluster.finished(job, run_dir / "log") == "COMPLETED"
+    finally:
+        cluster.run("scontrol", "update", f"nodename={nodes[1]}", "state=resume")
+    first, second = attempts(run_dir, "start")
+    assert first["job"] == second["job"] == job
+    assert first["nodes"][0] == second["nodes"][0]
+    assert nodes[1] not in second["nodes"]
+    assert "requeue" not in (run_dir / "log" / f"slurm-{job}.log").read_text()
     assert hashes(run_dir) == uninterrupted

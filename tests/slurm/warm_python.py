@@ -154,7 +154,11 @@ def _fork(client: socket.socket, asked: dict, outputs: list[int], others: list[s
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        for name in ("net", "uts"):  # the node's own network and host name; where all are one, nothing to do
+        for name in (
+            "net",
+            "uts",
+            "mnt",
+        ):  # the node's network, host name, /etc/hosts; where all are one, nothing to do
             if os.readlink(f"/proc/{program}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}"):
                 with open(f"/proc/{program}/ns/{name}") as namespace:
                     assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
