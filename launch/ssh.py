@@ -2,7 +2,7 @@
 
     headrace launch ssh hosts.txt my.yaml           hosts.txt: a host a line, `mill-1 slots=8`, the first one leads
 
-One `ssh` to each host starts `python -m launch.ssh_host`, which starts that host's processes and sees them to their end.
+One `ssh` to each host starts `python -m launch.ssh_host`, which starts its processes and sees them to their end.
 Signals go as words over ssh's standard input; when the connection breaks, the processes there are ended. Code and
 configuration are this working tree's, so it must be on a file system that all hosts share, as must the run folder.
 """

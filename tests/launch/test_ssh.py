@@ -1,5 +1,6 @@
 """Runs over ssh, with a stand-in for ssh that runs the remote command here, in an environment of its own."""
 
+import json
 import os
 import signal
 import stat
@@ -64,10 +65,11 @@ from pathlib import Path
 from launch import ssh
 from launch.attempts import Attempts, Limits
 from launch.local import run_with_restarts
+ssh.GRACE_S = 1.0
 hosts = ssh.read_hosts({str(here / "hosts")!r})
 run_dir = Path({str(here / "run")!r})
 def attempt(stop):
-    env = {{"MASTER_ADDR": hosts.names[0], "MASTER_PORT": "12345", "WORLD_SIZE": str(len(hosts.names) * hosts.slots)}}
+    env = {{"MASTER_ADDR": hosts.names[0], "MASTER_PORT": "12345", "WORLD_SIZE": "4"}}
     words = ["train", {str(here / "plan")!r}]
     commands = [["ssh", "-T", "-o", "BatchMode=yes", name,
         ssh.remote_command(at, hosts.slots, env, run_dir, words).replace("-m launch.ssh_host", {str(here / "host.py")!r})]
@@ -88,8 +90,6 @@ sys.exit(run_with_restarts(attempt, Attempts(run_dir), "ssh", hosts.names, 4, Li
 
 
 def seen(here: Path, attempt: int) -> list[dict[str, str]]:
-    import json
-
     return [json.loads((here / f"seen-{attempt}-{rank}").read_text()) for rank in range(4)]
 
 
@@ -124,7 +124,11 @@ def test_a_mistake_of_the_user_is_not_repeated(here: Path) -> None:
 
 
 def test_a_host_that_cannot_be_reached_may_come_back(here: Path) -> None:
-    process = launch(here, '[["wait", "wait", 0, 0]] ', hosts="mill-1 slots=2\nunreachable slots=2\n")
+    process = launch(
+        here,
+        '[["wait", "wait", 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]',
+        hosts="mill-1 slots=2\nunreachable slots=2\n",
+    )
     limit = time.monotonic() + 120
     while not (here / "run" / "launch" / "attempts.jsonl").exists():
         assert time.monotonic() < limit

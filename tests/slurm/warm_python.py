@@ -97,7 +97,7 @@ def serve(path: str) -> None:
                 elif key.data == "child":
                     wake.recv(4096)
                 elif number := _message(key.fileobj):
-                    os.kill(key.data, number)
+                    os.killpg(key.data, number)
                 else:  # the program was killed
                     selector.unregister(key.fileobj)
                     if key.data in children:
@@ -154,18 +154,24 @@ def _fork(client: socket.socket, asked: dict, outputs: list[int], others: list[s
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        for name in (
-            "net",
-            "uts",
-            "mnt",
-        ):  # the node's network, host name, /etc/hosts; where all are one, nothing to do
+        libc = ctypes.CDLL(None, use_errno=True)
+        # The node's network, host name, processes and /etc/hosts; where all are one, nothing to do.
+        for name in ("net", "uts", "pid", "mnt"):
             if os.readlink(f"/proc/{program}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}"):
                 with open(f"/proc/{program}/ns/{name}") as namespace:
-                    assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+                    assert libc.setns(namespace.fileno(), 0) == 0, name
         for number, output in enumerate(outputs, 1):
             os.dup2(output, number)
         for other in (client, *others):
             other.close()
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if inside := os.fork():  # only children enter another pid namespace
+            code = os.waitstatus_to_exitcode(os.waitpid(inside, 0)[1])
+            os._exit(code if code >= 0 else 128 - code)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.chdir(asked["cwd"])
         os.environ.clear()
