@@ -67,6 +67,44 @@ def ssh(
 
 
 @app.command()
+def kubernetes(
+    config: Config,
+    overrides: Overrides = None,
+    kind: Annotated[str, typer.Option(help="pytorchjob or jobset.")] = "pytorchjob",
+    image: Annotated[str, typer.Option(help="Container image that has headrace installed.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the job; the run folder's name when not given.")] = "",
+    namespace: Annotated[str, typer.Option(help="Kubernetes namespace.")] = "",
+    nodes: Annotated[int, typer.Option(help="Pods.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs and processes of each pod; 0 for CPU pods.")] = 8,
+    claim: Annotated[
+        list[str] | None, typer.Option(metavar="/PATH=CLAIM", help="Mount a persistent volume claim.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(help="Restarts of the whole run.")] = 10,
+) -> None:
+    """Print a PyTorchJob or JobSet for `kubectl apply -f -`."""
+    from launch.kubernetes import PodRequest, render_kubernetes
+    from launch.preflight import checked_config
+
+    if kind not in ("pytorchjob", "jobset"):
+        raise ConfigError(f"--kind {kind!r}: pytorchjob or jobset")
+    run = checked_config(config, overrides or [], max(1, nodes) * max(1, gpus_per_node))
+    pairs = [text.partition("=") for text in claim or []]
+    if bad := next((path for path, _, volume in pairs if not volume), None):
+        raise ConfigError(f"--claim {bad}: write /absolute/path=CLAIM")
+    request = PodRequest(
+        name=name or Path(run.run.dir).name,
+        image=image,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        namespace=namespace,
+        claims={path: volume for path, _, volume in pairs},
+        max_restarts=max_restarts,
+    )
+    text = render_kubernetes("jobset" if kind == "jobset" else "pytorchjob", request, run)
+    typer.echo(text.rstrip("\n"))
+
+
+@app.command()
 def slurm(
     config: Config,
     overrides: Overrides = None,

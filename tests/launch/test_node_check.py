@@ -18,8 +18,9 @@ HEALTHY = "0, NVIDIA H200, 0, No, No, Not Active\n1, NVIDIA H200, 0, No, No, Not
 def check(folder: Path, **changes: object) -> list[str]:
     """The problems a real process finds on this machine."""
     checks = {"gpus": 0, "read": [], "write": [str(folder)], "min_free_gb": 0, "commands": [], **changes}
-    (folder / "checks.json").write_text(json.dumps(checks))
-    command = [sys.executable, "-IS", node_check.__file__, str(folder / "checks.json"), str(folder)]
+    asked = folder.with_name("checks.json")
+    asked.write_text(json.dumps(checks))
+    command = [sys.executable, "-IS", node_check.__file__, str(asked), str(folder)]
     subprocess.run(command, env={**os.environ, "SLURMD_NODENAME": "mill"}, check=True, stdout=subprocess.DEVNULL)
     found = read_checks(folder)
     assert found is not None

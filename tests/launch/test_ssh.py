@@ -66,13 +66,14 @@ from launch import ssh
 from launch.attempts import Attempts, Limits
 from launch.local import run_with_restarts
 ssh.GRACE_S = 1.0
+host = {str(here / "host.py")!r}
 hosts = ssh.read_hosts({str(here / "hosts")!r})
 run_dir = Path({str(here / "run")!r})
 def attempt(stop):
     env = {{"MASTER_ADDR": hosts.names[0], "MASTER_PORT": "12345", "WORLD_SIZE": "4"}}
     words = ["train", {str(here / "plan")!r}]
     commands = [["ssh", "-T", "-o", "BatchMode=yes", name,
-        ssh.remote_command(at, hosts.slots, env, run_dir, words).replace("-m launch.ssh_host", {str(here / "host.py")!r})]
+        ssh.remote_command(at, hosts.slots, env, run_dir, words).replace("-m launch.ssh_host", host)]
         for at, name in enumerate(hosts.names)]
     return ssh.run_hosts(commands, hosts.names, stop)
 sys.exit(run_with_restarts(attempt, Attempts(run_dir), "ssh", hosts.names, 4, Limits(), pause=lambda _: None))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.attempts import Attempts
 
-STEPS = 60
+STEPS = 36
 
 
 def write_config(corpus: Path, path: Path, run_dir: Path, **train: object) -> Path:
@@ -31,7 +31,7 @@ def write_config(corpus: Path, path: Path, run_dir: Path, **train: object) -> Pa
         },
         "train": {"steps": STEPS, "micro_batch_size": 1, **train},
         "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 20},
+        "checkpoint": {"every": 12},
         "metrics": {"progress": False},
     }
     path.write_text(json.dumps(settings))  # which is YAML too
