@@ -25,14 +25,17 @@ from pathlib import Path
 if __name__ == "__main__":  # run by its path: Python then looks beside the file, where our site.py is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.attempts import Attempts, Decision, Limits, judge
+from launch.attempts import STOP, Attempts, Decision, Limits, judge, open_attempt
 from launch.nodes import choose_nodes, is_usable, read_checks
 
 Answer = Mapping[str, object]
 
 
 def begin(job: Job) -> Answer:
-    """Whether this job has anything to do."""
+    """Whether this job has anything to do. Two jobs in one run folder would destroy the run."""
+    other = open_attempt(job.attempts.events())
+    if other is not None and other["job"] != job.id and _runs(other["job"]):
+        return _decision(Decision(STOP, 2, f"job {other['job']} trains this run already"))
     return _decision(job.attempts.begin(job.id, job.limits))
 
 
@@ -113,8 +116,17 @@ def _number(path: Path) -> int | None:
     return int(found[0]) if found else None
 
 
+def _runs(number: str) -> bool:
+    """Whether SLURM runs a job; not one of another launcher, whose numbers have a host."""
+    return number.isdecimal() and _output(["squeue", "-h", "-j", number, "-o", "%T"]).strip() == "RUNNING"
+
+
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    try:
+        answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    except OSError:
+        return ""
+    return answer.stdout
 
 
 def main(words: list[str]) -> None:

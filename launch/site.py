@@ -22,8 +22,8 @@ from headrace.validation import validated
 from headrace.yaml_file import read_yaml
 
 OWN_OPTIONS = frozenset(
-    {"account", "array", "dependency", "error", "gpus", "gpus-per-node", "gres", "job-name", "nodes", "no-kill"}
-    | {"ntasks", "ntasks-per-node", "open-mode", "output", "partition", "requeue", "signal", "time", "wrap"}
+    {"account", "array", "dependency", "error", "gpus", "gpus-per-node", "gres", "job-name", "mincpus", "nodes"}
+    | {"no-kill", "ntasks", "ntasks-per-node", "open-mode", "output", "partition", "requeue", "signal", "time", "wrap"}
 )
 """sbatch options the launcher sets from its own arguments, or that would break the script."""
 

@@ -95,10 +95,16 @@ def _options(script: Script) -> dict[str, object]:
     account = request.account or site.account
     throttle = f"%{script.at_once}" if script.at_once else ""
     logs = f"{no_patterns(script.run_dir)}/log"
+    tasks: dict[str, object] = {"ntasks-per-node": request.processes_per_node}
+    if most > request.fewest_nodes:
+        # With numbers of tasks SLURM (22.05) gives the fewest nodes of a range, or waits for the most; with none it
+        # gives as many as there are.
+        per_task = site.sbatch.get("cpus-per-task", 1)
+        tasks = {"mincpus": request.processes_per_node * (per_task if isinstance(per_task, int) else 1)}
     return {
         "job-name": request.job_name or script.run_dir.name,
         "nodes": most if most == request.fewest_nodes else f"{request.fewest_nodes}-{most}",
-        "ntasks-per-node": request.processes_per_node,
+        **tasks,
         "time": request.time,
         **({"gres": f"gpu:{request.gpus_per_node}"} if request.gpus_per_node else {}),
         **({"partition": partition} if partition else {}),

@@ -70,6 +70,9 @@ elif sys.argv[1] == "requeue":
         sys.exit("slurm_requeue error: Requested operation is presently disabled")
     (here / "requeued").write_text(sys.argv[2])
     os.kill(os.getppid(), signal.SIGTERM)
+elif sys.argv[1] == "update":
+    with (here / "updated").open("a") as file:
+        file.write(" ".join(sys.argv[2:]) + "\\n")
 else:
     sys.exit(f"fake scontrol: {sys.argv}")
 """

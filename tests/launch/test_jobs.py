@@ -18,6 +18,7 @@ from launch.sweep import grid, launch_sweep
 from pretrain.config import load_config
 
 SQUEUE = """
+import os
 from pathlib import Path
 print((Path(os.environ["FAKE_SLURM"]) / "queue").read_text(), end="")
 """
@@ -120,7 +121,7 @@ def test_logs_are_merged_by_time(run_dir: Path) -> None:
     (folder / "rank-1.log").write_text("2026-01-01 00:00:02.000 one\n2026-01-01 00:00:01.000 clock set back\n")
     (folder / "slurm-7.log").write_text("2026-01-01 00:00:01 headrace: attempt 1\n")
     lines = list(logs.merged(logs.log_files(run_dir, None)))
-    assert [line.split("  ", 1) for line in lines] == [
+    assert [[line[:6], line[8:]] for line in lines] == [
         ["job 7 ", "2026-01-01 00:00:01 headrace: attempt 1"],
         ["rank 0", "2026-01-01 00:00:01.500 zero"],
         ["rank 0", "  more of it"],

@@ -157,11 +157,32 @@ def test_without_enough_good_nodes_the_next_job_avoids_the_bad(slurm: FakeSlurm,
     assert kinds == ["submitted", "bad_node", "resubmitted"]
 
 
+def test_a_chain_is_told_to_avoid_bad_nodes(slurm: FakeSlurm, run_dir: Path) -> None:
+    """And no further job is submitted, which would train beside the chain's next."""
+    site = Site(preflight=Preflight(commands=["[ $SLURMD_NODENAME != other-1.invalid ]"]))
+    script = job(slurm, run_dir, [[0] * 4], site, chain=2)
+    (run_dir / "launch" / "0001" / "job-id").write_text("40123\n40124\n")
+    code, _, output = slurm.run(script, nodes=2)
+    assert code == 4, output
+    assert slurm.sbatch_options() == []
+    assert (slurm.here / "updated").read_text() == "JobId=40124 ExcNodeList=other-1.invalid\n"
+
+
+def test_two_jobs_never_train_one_run(slurm: FakeSlurm, run_dir: Path) -> None:
+    slurm.program("squeue", '#!/bin/sh\n[ "$3" = 39999 ] && echo RUNNING\n')
+    Attempts(run_dir).start("slurm", "39999", ["elsewhere"], 4)
+    code, _, output = slurm.run(job(slurm, run_dir, [[0] * 4]), nodes=2)
+    assert code == 2, output
+    assert "job 39999 trains this run already" in output
+
+
 def test_a_range_of_nodes_uses_what_the_layout_allows(slurm: FakeSlurm, run_dir: Path) -> None:
     site = Site(preflight=Preflight(commands=["[ $SLURMD_NODENAME != other-1.invalid ]"]))
     script = job(slurm, run_dir, [[0] * 4], site, nodes=4, min_nodes=1)
     text = script.read_text().replace("NODE_COUNTS=4", "NODE_COUNTS='1 2 4'")
     assert "#SBATCH --nodes=1-4\n" in text
+    assert "#SBATCH --mincpus=2\n" in text
+    assert "--ntasks-per-node=2\n" not in text
     script.write_text(text)
     code, _, output = slurm.run(script, nodes=4)
     assert code == 0, output
