@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ class Cluster:
 
     here: Path
     mode: str
-    submitted: list[str] = field(default_factory=list)
 
     def run(self, *words: str) -> str:
         """Output of a SLURM command, given inside the cluster."""
@@ -72,7 +71,8 @@ def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="hl") as short:  # pytest's own folders are too long for munge's socket
         os.chmod(short, 0o755)
         here = Path(short) / "lab"
-        environment = {**os.environ, "LAB": str(here)}
+        port = 20000 + os.getpid() % 100 * 120  # without namespaces two clusters share this machine's ports
+        environment = {**os.environ, "LAB": str(here), "PORT": str(port)}
         try:
             up = subprocess.run([str(LAB), "up"], env=environment, capture_output=True, text=True, timeout=180)
             if up.returncode:

@@ -107,7 +107,7 @@ crash_node() {
   if [ "$MODE" = plain ]; then # its step daemons are children of init
     for stepd in $(pgrep slurmstepd || true); do
       grep -qz "^SLURM_CONF=$LAB/" "/proc/$stepd/environ" 2>/dev/null || continue
-      ls -l "/proc/$stepd/fd" 2>/dev/null | grep -q "slurmd\.$node\.log\|/spool/$node/" || continue
+      readlink "/proc/$stepd"/fd/* 2>/dev/null | grep -q "slurmd\.$node\.log\|/spool/$node/" || continue
       # shellcheck disable=SC2046
       kill -KILL "$stepd" $(descendants "$stepd") 2>/dev/null || true
     done

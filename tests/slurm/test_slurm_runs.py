@@ -1,5 +1,6 @@
 """Runs on a real SLURM cluster, interrupted in every way, train on the tokens of the uninterrupted run."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 from small_run import STEPS, attempts, hashes, train_here, verdicts, write_config
 from warm_python import Server
 
+from launch.jobs import status_of, sweep_runs
 from launch.request import SlurmRequest
 from launch.site import Preflight, Site
 from launch.slurm import launch_slurm
+from launch.sweep import launch_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -120,3 +123,46 @@ def test_a_spare_takes_the_place_of_a_lost_node(
     assert nodes[1] not in second["nodes"]
     assert "requeue" not in (run_dir / "log" / f"slurm-{job}.log").read_text()
     assert hashes(run_dir) == uninterrupted
+
+
+FAILING = """#!/bin/bash
+# Stands in for the interpreter: a trainer that gets to a later step at first, then fails at the same one for ever.
+attempt=$(grep -c '"start"' "$RUN_DIR/launch/attempts.jsonl")
+[ "$RANK" != 0 ] || echo "{\\"step\\": $((attempt < 2 ? 7 : 9)), \\"loss\\": 1.0}" >>"$RUN_DIR/metrics.jsonl"
+echo "rank $RANK fails"
+exit 4
+"""
+
+
+def test_it_gives_up_after_failing_at_the_same_step(cluster, corpus: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(FAILING)
+    python.chmod(0o755)
+    site = Site(sbatch={"mem": 100}, preflight=Preflight(enabled=False), python=str(python))
+    site = site.model_copy(update={"batch_python": sys.executable})
+    run_dir = tmp_path / "run"
+    config = write_config(corpus, tmp_path / "run.yaml", run_dir)
+    request = SlurmRequest(nodes=2, gpus_per_node=0, max_failures=9)
+    (job,) = launch_slurm(config, [], request, site, dry_run=False).jobs
+    assert cluster.finished(job, run_dir / "log") == "FAILED"
+    assert verdicts(run_dir) == ["again", "again", "give-up"]
+    assert [end["step"] for end in attempts(run_dir, "end")] == [7, 9, 9]
+    status = status_of(run_dir)
+    assert (status.word, status.exit_code) == ("given up", 4)
+    assert "failed 2 times after step 9; giving up" in (run_dir / "log" / f"slurm-{job}.log").read_text()
+    assert cluster.run("scontrol", "show", "job", job).count("ExitCode=4:0") == 1
+
+
+def test_a_sweep_is_an_array_of_runs(cluster, site: Site, corpus: Path, tmp_path: Path, uninterrupted) -> None:
+    folder = tmp_path / "sweep"
+    config = write_config(corpus, tmp_path / "run.yaml", folder)
+    vary = ["optimizer.lr=[1e-3, 3e-3]"]
+    (job,) = launch_sweep(config, [], vary, SlurmRequest(nodes=1, gpus_per_node=0), site).jobs
+    assert cluster.finished(job, folder / "log") == "COMPLETED"
+    runs = sweep_runs(folder)
+    assert [settings for _, settings in runs] == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 3e-3}]
+    for run, _ in runs:
+        assert hashes(run) == uninterrupted  # the learning rate does not shape the data
+        assert status_of(run).word == "finished"
+    rates = [json.loads((run / "metrics.jsonl").read_text().splitlines()[STEPS // 2])["lr"] for run, _ in runs]
+    assert rates[0] < rates[1]
