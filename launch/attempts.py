@@ -169,6 +169,8 @@ class Attempts:
         events = self.since_submitted()
         begun = open_attempt(events) or {}
         checkpoint = newest_checkpoint(self.run_dir)
+        # srun ends the others when the first process leaves; one that was slow to leave has no exit code then.
+        newer = checkpoint > begun.get("checkpoint", checkpoint)
         failure = {
             "verdict": outcome.verdict,
             "code": outcome.code,
@@ -179,13 +181,13 @@ class Attempts:
         }
         if outcome.verdict == AGAIN and any(event["event"] == "cancel" for event in events):
             decision = Decision(STOP, outcome.code, f"cancelled; the newest checkpoint is of step {checkpoint}")
-        elif outcome.verdict == AGAIN and saved and not outcome.lost and outcome.code in (0, PASSING[0]):
+        elif outcome.verdict == AGAIN and saved and outcome.code == PASSING[0] and (not outcome.lost or newer):
             decision = Decision(SAVED, PASSING[0], f"saved at step {checkpoint}")
         elif outcome.verdict == AGAIN:
             decision = decide([event for event in events if event["event"] == "end"], failure, limits)
         else:
             decision = Decision(outcome.verdict, outcome.code, outcome.why)
-        why = decision.why if decision.verdict in (STOP, GIVE_UP) else outcome.why
+        why = decision.why if decision.verdict in (STOP, GIVE_UP, SAVED) else outcome.why
         own = {"verdict": decision.verdict, "why": why}
         self.note("end", attempt=begun.get("attempt"), job=job, **failure | own)
         return decision

@@ -95,6 +95,12 @@ def test_saving_before_the_time_limit_is_no_failure(tmp_path: Path) -> None:
     for _ in range(9):
         attempts.start("slurm", "7", ["a"], 2)
         assert attempts.end(FAILED, Limits(), "7", saved=True).verdict == SAVED
+    lost = Outcome(AGAIN, 4, lost=True)
+    attempts.start("slurm", "7", ["a"], 2)
+    save(tmp_path, 8)
+    assert attempts.end(lost, Limits(), "7", saved=True).verdict == SAVED  # killed on its way out, after saving
+    attempts.start("slurm", "7", ["a"], 2)
+    assert attempts.end(lost, Limits(), "7", saved=True).verdict == AGAIN
     attempts.start("slurm", "7", ["a"], 2)
     assert attempts.end(Outcome(AGAIN, 139), Limits(), "7", saved=True).verdict == AGAIN  # it crashed instead
 
