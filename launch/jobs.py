@@ -6,13 +6,14 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headrace.errors import ConfigError
 from headrace.yaml_file import read_yaml
-from launch.attempts import GIVE_UP, STOP, Attempts, last_step, newest_checkpoint, open_attempt
+from launch.attempts import GIVE_UP, SAVED, STOP, Attempts, last_step, newest_checkpoint, open_attempt
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def as_text(status: RunStatus) -> str:
             where = f"{event['processes']} processes on {','.join(event['nodes'])}"
             lines.append(f"  attempt {event['attempt']} ({event['launcher']} {event['job']}): {where}{begun}")
         elif event["event"] == "end":
-            lines.append(f"    {event['verdict']}{': ' + event['why'] if event['why'] else ''}")
+            lines.append(f"    {as_words(event)}")
         elif event["event"] == "bad_node":
             lines.append(f"  bad node {event['node']}: {event['why']}")
         elif event["event"] == "resubmitted":
@@ -138,6 +139,13 @@ def as_text(status: RunStatus) -> str:
         elif event["event"] == "cancel":
             lines.append("  asked to save and end")
     return "\n".join(lines)
+
+
+def as_words(end: Mapping[str, Any]) -> str:
+    """How an attempt ended: the verdict, and why where there is a reason."""
+    if end["verdict"] == SAVED:
+        return str(end["why"])
+    return f"{end['verdict']}: {end['why']}" if end["why"] else str(end["verdict"])
 
 
 def cancel(run_dir: Path, now: bool) -> str:

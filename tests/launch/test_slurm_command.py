@@ -66,7 +66,7 @@ def test_the_snapshot_is_what_runs(config: Path, slurm: FakeSlurm, tmp_path: Pat
     (tmp_path / "pretrain" / "__main__.py").write_text("print('from the working directory')\n")
     code, _, output = slurm.run(snapshot / "job.sh", nodes=1)
     assert code == 0, output
-    assert (tmp_path / "runs" / "mill" / "log" / "rank-1.log").read_text() == "from the snapshot\n"
+    assert (tmp_path / "runs" / "mill" / "log" / "rank-1.log").read_text().endswith(" from the snapshot\n")
 
 
 def test_without_sbatch_it_says_so(config: Path, monkeypatch) -> None:
@@ -108,7 +108,7 @@ def test_a_layout_that_does_not_fit_the_cluster_is_refused(config: Path) -> None
         ("enviroment: {A: b}", r"unknown key enviroment \(did you mean 'environment'\?\)"),
         ("environment: {'A;B': b}", "A;B"),
         ("a: [", "not valid YAML"),
-        ("[]", "expected a mapping with keys of: sbatch"),
+        ("[]", "expected a mapping with keys of: account"),
     ],
 )
 def test_a_bad_site_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
