@@ -2,7 +2,8 @@
 
     begin                       VERDICT: again (go), finished, stop, give-up
     usable                      NODES, NUM_NODES: nodes of the allocation that SLURM does not think ill of
-    choose FOLDER               NODES, NUM_NODES, BAD, WHY: which nodes to use, by the checks in FOLDER
+    choose FOLDER               NODES, NUM_NODES, BAD, WHY: which nodes to use, by the checks in FOLDER; or as `end`,
+                                where it is no node's fault
     start NODES NUM_NODES       the attempt is noted
     end PROCESSES [saved]       VERDICT, CODE, WHY, PAUSE: by the exit codes that the processes left
     resubmitted ID              another job goes on in this one's place
@@ -25,8 +26,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run by its path: Python then looks beside the file, where our site.py is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.attempts import STOP, Attempts, Decision, Limits, judge, open_attempt
-from launch.nodes import choose_nodes, is_usable, read_checks
+from launch.attempts import STOP, Attempts, Decision, Limits, Outcome, judge, open_attempt
+from launch.nodes import choose_nodes, fault_of_the_run, is_usable, read_checks
 
 Answer = Mapping[str, object]
 
@@ -49,7 +50,12 @@ def usable(job: Job) -> Answer:
 def choose(job: Job, folder: str) -> Answer:
     """The nodes to run on."""
     limits = json.loads((job.snapshot / "checks.json").read_text())
-    choice = choose_nodes(job.nodes(), read_checks(Path(folder)), job.node_counts, limits)
+    checks = read_checks(Path(folder))
+    choice = choose_nodes(job.nodes(), checks, job.node_counts, limits)
+    if not choice.use:
+        noted = [event for event in job.attempts.since_submitted() if event["event"] == "bad_node"]
+        if fault := fault_of_the_run(checks or {}, {event["node"]: event["why"] for event in noted}):
+            return _decision(job.attempts.end(Outcome(STOP, 2, fault), job.limits, job.id))
     for node, why in choice.bad.items():
         job.attempts.note("bad_node", job=job.id, node=node, why=why)
     return {

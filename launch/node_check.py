@@ -1,7 +1,8 @@
 """Is this node fit to train on? `python node_check.py CHECKS.json FOLDER` on every node, before any trainer starts.
 
-Writes `FOLDER/<node>.json`: {"node", "time" (s since 1970), "problems": [one line each], "notes": [...]}. A node that
-writes nothing has hung or is gone, which the job script takes for an answer too. What is checked is in CHECKS.json:
+Writes `FOLDER/<node>.json`: {"node", "time" (s since 1970), "problems": [one line each], "paths": [those of them that
+are about files, which may be the run's own mistake]}. A node that writes nothing has hung or is gone, which the job
+script takes for an answer too. What is checked is in CHECKS.json:
 
     {"gpus": 8, "read": ["/data/code/*"], "write": ["/runs/mill"], "min_free_gb": 10, "commands": ["test -d /scratch"]}
 
@@ -46,11 +47,15 @@ def run_command(words: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def problems(checks: Mapping[str, Any], run: Run = run_command) -> Iterator[str]:
-    """All that is wrong with this node, a line each."""
+def path_problems(checks: Mapping[str, Any]) -> Iterator[str]:
+    """Files and folders that this node cannot use."""
     yield from unreadable(checks["read"])
     for folder in checks["write"]:
         yield from full_or_closed(Path(folder), checks["min_free_gb"])
+
+
+def node_problems(checks: Mapping[str, Any], run: Run = run_command) -> Iterator[str]:
+    """What is wrong with the node itself."""
     if checks["gpus"]:
         yield from broken_gpus(checks["gpus"], run)
         yield from recent_xids(run)
@@ -145,7 +150,8 @@ def main(checks_file: str, folder: str) -> None:
     now = time.time()  # before anything slow: all nodes were started at the same moment
     node = os.environ["SLURMD_NODENAME"]
     checks = json.loads(Path(checks_file).read_text())
-    answer = {"node": node, "time": now, "problems": list(problems(checks))}
+    paths = list(path_problems(checks))
+    answer = {"node": node, "time": now, "problems": [*paths, *node_problems(checks)], "paths": paths}
     partial = Path(folder) / f"{node}.json.partial"
     partial.write_text(json.dumps(answer))
     partial.rename(partial.with_suffix(""))

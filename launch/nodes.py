@@ -52,6 +52,18 @@ def is_usable(state: str) -> bool:
     return not any(part in state.lower() for part in UNUSABLE)
 
 
+def fault_of_the_run(checks: Mapping[str, Mapping[str, Any]], earlier: Mapping[str, str]) -> str:
+    """A problem with a path that is no single node's: another node has it too, now or (`earlier`: why nodes were bad)
+    before; empty without one. A mistyped path would otherwise have every node of the cluster excluded in turn."""
+    for node, check in checks.items():
+        for problem in check.get("paths", []):
+            others = [other for other in checks if other != node and problem in checks[other].get("paths", [])]
+            before = [other for other, why in earlier.items() if other != node and problem in why.split("; ")]
+            if others or before:
+                return f"{problem} (on {node} and {', '.join([*others, *before])})"
+    return ""
+
+
 def _wrong(node: str, checks: Mapping[str, Mapping[str, Any]], limits: Mapping[str, Any]) -> str:
     """What is wrong with a node; empty when nothing is."""
     found = checks.get(node)

@@ -8,7 +8,7 @@ from fake_slurm import PYTHON, FakeSlurm
 from typer.testing import CliRunner
 
 from headrace.errors import ConfigError
-from launch import logs
+from launch import logs, sweep_cli
 from launch.attempts import AGAIN, STOP, Attempts, Limits, Outcome
 from launch.cli import app
 from launch.jobs import as_text, attach_command, cancel, job_ids, status_of
@@ -198,3 +198,19 @@ def test_a_sweep_with_one_impossible_run_submits_none(config: Path, queue: Path,
     with pytest.raises(ConfigError, match=r"model.num_layers"):
         launch_sweep(config, [], ["model.num_layers=[2,-1]"], SlurmRequest(2, 4), Site())
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_say_where_to_look(config: Path, queue: Path, tmp_path: Path) -> None:
+    vary = ["--vary", "optimizer.lr=[1e-3,3e-3]", "train.steps=9", "--gpus-per-node", "2"]
+    shown = CliRunner().invoke(sweep_cli.app, [str(config), *vary, "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "#SBATCH --array=0-1\n" in shown.output
+    assert not (tmp_path / "runs").exists()
+    done = CliRunner().invoke(sweep_cli.app, [str(config), *vary])
+    assert done.output.startswith("submitted array job 4711;")
+    launched = CliRunner().invoke(app, ["slurm", str(config), "--gpus-per-node", "4", "--chain", "2", "run.dir=runs/b"])
+    assert launched.output.startswith("submitted job 4711 4711\n")
+    assert f"headrace launch status {tmp_path}/runs/b" in launched.output
+    options = (queue.parent / "sbatch-options").read_text().splitlines()
+    assert options[-2:] == ["", "--dependency=afterany:4711"]
+    assert [event["event"] for event in Attempts(tmp_path / "runs" / "b").events()] == ["submitted", "jobs"]

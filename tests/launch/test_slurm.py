@@ -157,6 +157,29 @@ def test_without_enough_good_nodes_the_next_job_avoids_the_bad(slurm: FakeSlurm,
     assert kinds == ["submitted", "bad_node", "resubmitted"]
 
 
+def test_a_path_that_no_node_has_is_the_runs_mistake(slurm: FakeSlurm, run_dir: Path) -> None:
+    script = job(slurm, run_dir, [[0] * 4])
+    checks = run_dir / "launch" / "0001" / "checks.json"
+    checks.write_text(json.dumps(json.loads(checks.read_text()) | {"read": ["/no/such/data"]}))
+    code, _, output = slurm.run(script, nodes=2)
+    assert code == 2, output
+    assert "/no/such/data: no such file here (on no-such-node.invalid and other-1.invalid)" in output
+    assert slurm.sbatch_options() == []
+    assert [event["verdict"] for event in ended(run_dir)] == ["stop"]
+
+
+def test_a_mistyped_path_does_not_walk_through_the_cluster(slurm: FakeSlurm, run_dir: Path) -> None:
+    """A job of one node: the first has it excluded, the second one shows whose fault it is."""
+    script = job(slurm, run_dir, [[0] * 2], nodes=1)
+    checks = run_dir / "launch" / "0001" / "checks.json"
+    checks.write_text(json.dumps(json.loads(checks.read_text()) | {"read": ["/no/such/data"]}))
+    code, _, output = slurm.run(script, nodes=1)
+    assert (code, slurm.sbatch_options()) == (4, ["--exclude=no-such-node.invalid"]), output
+    process = slurm.start(script, nodes=1, SLURM_JOB_ID="4711", SLURM_JOB_NODELIST="other")
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+
+
 def test_a_chain_is_told_to_avoid_bad_nodes(slurm: FakeSlurm, run_dir: Path) -> None:
     """And no further job is submitted, which would train beside the chain's next."""
     site = Site(preflight=Preflight(commands=["[ $SLURMD_NODENAME != other-1.invalid ]"]))

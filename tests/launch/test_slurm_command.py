@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from headrace.errors import ConfigError, LayoutError
 from launch.cli import app
 from launch.request import SlurmRequest
-from launch.site import Site, load_site
+from launch.site import Preflight, Site, load_site
 from launch.slurm import launch_slurm
 from pretrain.config import load_config
 
@@ -58,7 +58,8 @@ def test_the_snapshot_is_what_runs(config: Path, slurm: FakeSlurm, tmp_path: Pat
     """Even where the job's working directory holds another version of the code."""
     monkeypatch.setenv("PATH", slurm.environment()["PATH"])
     monkeypatch.setenv("FAKE_SLURM", str(slurm.here))
-    launch_slurm(config, [], SlurmRequest(1, 2), Site(), dry_run=False)
+    site = Site(preflight=Preflight(enabled=False))
+    launch_slurm(config, [], SlurmRequest(1, 2), site, dry_run=False)
     snapshot = tmp_path / "runs" / "mill" / "launch" / "0001"
     (snapshot / "code" / "pretrain" / "__main__.py").write_text("print('from the snapshot')\n")
     (tmp_path / "pretrain").mkdir()
