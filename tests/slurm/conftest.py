@@ -38,6 +38,10 @@ class Cluster:
         states = set(self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").split())
         return " ".join(sorted(states - {"COMPLETED"})) or "COMPLETED"
 
+    def idle(self) -> None:
+        """Wait until all nodes are free: a job that may have more nodes takes those that are free when it begins."""
+        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "4", "four idle nodes")
+
     def finished(self, job: str, log: Path) -> str:
         """The state in which a job ended, when it has; shows `log` when it does not end."""
         self.until(lambda: set(self.state(job).split()) <= OVER, f"job {job} ends", log)

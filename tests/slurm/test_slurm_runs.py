@@ -84,6 +84,7 @@ def test_lost_nodes_and_the_run_goes_on_with_fewer(
     run_dir = tmp_path / "run"
     config = write_config(corpus, tmp_path / "run.yaml", run_dir)
     request = SlurmRequest(nodes=3, min_nodes=2, gpus_per_node=0)
+    cluster.idle()
     (job,) = launch_slurm(config, [], request, site, dry_run=False).jobs
     cluster.until(lambda: len(hashes(run_dir)) > 14, "training", run_dir / "log", job)
     nodes = attempts(run_dir, "start")[0]["nodes"]
@@ -109,6 +110,7 @@ def test_a_spare_takes_the_place_of_a_lost_node(
     run_dir = tmp_path / "run"
     config = write_config(corpus, tmp_path / "run.yaml", run_dir)
     request = SlurmRequest(nodes=2, spares=1, gpus_per_node=0)
+    cluster.idle()
     (job,) = launch_slurm(config, [], request, site, dry_run=False).jobs
     cluster.until(lambda: len(hashes(run_dir)) > 14, "training", run_dir / "log", job)
     nodes = attempts(run_dir, "start")[0]["nodes"]
@@ -129,6 +131,7 @@ FAILING = """#!/bin/bash
 # Stands in for the interpreter: a trainer that gets to a later step at first, then fails at the same one for ever.
 attempt=$(grep -c '"start"' "$RUN_DIR/launch/attempts.jsonl")
 [ "$RANK" != 0 ] || echo "{\\"step\\": $((attempt < 2 ? 7 : 9)), \\"loss\\": 1.0}" >>"$RUN_DIR/metrics.jsonl"
+until [ "$(cat "$RUN_DIR/metrics.jsonl" 2>/dev/null | wc -l)" -ge "$attempt" ]; do sleep 0.1; done # who fails ends the rest
 echo "rank $RANK fails"
 exit 4
 """
