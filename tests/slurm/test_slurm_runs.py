@@ -131,7 +131,8 @@ FAILING = """#!/bin/bash
 # Stands in for the interpreter: a trainer that gets to a later step at first, then fails at the same one for ever.
 attempt=$(grep -c '"start"' "$RUN_DIR/launch/attempts.jsonl")
 [ "$RANK" != 0 ] || echo "{\\"step\\": $((attempt < 2 ? 7 : 9)), \\"loss\\": 1.0}" >>"$RUN_DIR/metrics.jsonl"
-until [ "$(cat "$RUN_DIR/metrics.jsonl" 2>/dev/null | wc -l)" -ge "$attempt" ]; do sleep 0.1; done # who fails ends the rest
+# The first to fail ends the others, so all wait for the record.
+until [ "$(cat "$RUN_DIR/metrics.jsonl" 2>/dev/null | wc -l)" -ge "$attempt" ]; do sleep 0.1; done
 echo "rank $RANK fails"
 exit 4
 """
