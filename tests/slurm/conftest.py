@@ -39,8 +39,9 @@ class Cluster:
         return " ".join(sorted(states - {"COMPLETED"})) or "COMPLETED"
 
     def idle(self) -> None:
-        """Wait until all nodes are free: a job that may have more nodes takes those that are free when it begins."""
-        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "4", "four idle nodes")
+        """Wait until all nodes are free: a job that may have more nodes takes those that are free when it begins. Not
+        `idle*`: a node that was set back from down has to answer first."""
+        self.until(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 4, "four idle nodes")
 
     def finished(self, job: str, log: Path) -> str:
         """The state in which a job ended, when it has; shows `log` when it does not end."""
