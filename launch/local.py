@@ -1,68 +1,63 @@
 """`headrace launch local`: N processes on this machine, started again when that can help."""
 
 import os
-import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from headrace.errors import ConfigError, ExitCode
+from headrace.errors import ConfigError
+from launch.attempts import AGAIN, FINISHED, SAVED, Attempts, Limits, judge
 from launch.preflight import checked_config
 from pretrain.processes import StopRequest, start_processes
 
-LONGEST_PAUSE_S = 60.0
 
-
-def launch_local(config_path: str | Path, overrides: Sequence[str], nproc: int, max_restarts: int) -> int:
+def launch_local(config_path: str | Path, overrides: Sequence[str], nproc: int, limits: Limits) -> int:
     """Train here with `nproc` processes; the exit code of the last attempt. Raises ConfigError, LayoutError."""
     if nproc < 1:
         raise ConfigError(f"--nproc: at least 1, got {nproc}")
-    if max_restarts < 0:
-        raise ConfigError(f"--max-restarts: at least 0, got {max_restarts}")
+    check_limits(limits)
     config = checked_config(config_path, overrides, nproc)
     run_dir = Path(config.run.dir)
     command = [sys.executable, "-m", "pretrain", "train", str(config_path), *overrides]
-    return run_with_restarts(command, nproc, run_dir, max_restarts)
+
+    def attempt(stop: StopRequest) -> int:
+        return start_processes(command, nproc, {}, run_dir / "log", stop=stop)
+
+    return run_with_restarts(attempt, Attempts(run_dir), "local", [socket.gethostname()], nproc, limits)
+
+
+def check_limits(limits: Limits) -> None:
+    """Raises ConfigError for limits that cannot be meant."""
+    if limits.max_failures < 0:
+        raise ConfigError(f"--max-failures: at least 0, got {limits.max_failures}")
+    if limits.max_same_step < 1:
+        raise ConfigError(f"--max-same-step: at least 1, got {limits.max_same_step}")
 
 
 def run_with_restarts(
-    command: list[str],
-    nproc: int,
-    run_dir: Path,
-    max_restarts: int,
-    grace_s: float = 10.0,
+    attempt: Callable[[StopRequest], int],
+    attempts: Attempts,
+    launcher: str,
+    nodes: Sequence[str],
+    processes: int,
+    limits: Limits,
     pause: Callable[[float], None] = time.sleep,
 ) -> int:
-    """`command` in `nproc` processes, up to `max_restarts` times again without a new checkpoint in between.
-
-    Pauses 1, 2, 4, ... up to 60 seconds before each restart: a full disk or a lost network gets time to come back.
-    """
-    failures, checkpoint = 0, newest_checkpoint(run_dir)
+    """`attempt()`, which gives one exit code for all processes, again and again by the rule of `attempts.py`."""
+    job = f"{socket.gethostname()}:{os.getpid()}"
+    attempts.note("submitted", launcher=launcher, jobs=[job])
     while True:
         stop = StopRequest()
-        code = start_processes(command, nproc, {}, run_dir / "log", grace_s, stop)
-        if stop.asked or not can_help(code):
+        attempts.start(launcher, job, nodes, processes)
+        code = attempt(stop)
+        decision = attempts.end(judge({0: code}, 0), limits, job, saved=stop.asked)
+        if decision.verdict == FINISHED or stop.asked:
             return code
-        reached = newest_checkpoint(run_dir)
-        failures = 1 if reached > checkpoint else failures + 1
-        checkpoint = reached
-        if failures > max_restarts:
-            sys.stderr.write(f"headrace: failed {failures} times without a new checkpoint; giving up\n")
+        if decision.verdict == SAVED or decision.verdict != AGAIN:
+            sys.stderr.write(f"headrace: {decision.why}\n")
             return code
-        seconds = min(LONGEST_PAUSE_S, 2.0 ** (failures - 1))
-        sys.stderr.write(f"headrace: restart {failures} of {max_restarts} in {seconds:.0f} s\n")
+        sys.stderr.write(f"headrace: {decision.why}; again in {decision.pause_s:.0f} s\n")
         sys.stderr.flush()
-        pause(seconds)
-
-
-def can_help(code: int) -> bool:
-    """Whether running again may end better: a recoverable failure, the watchdog, or a signal."""
-    return code < 0 or code in (ExitCode.RECOVERABLE, ExitCode.WATCHDOG)
-
-
-def newest_checkpoint(run_dir: Path) -> int:
-    """Highest step among the run's checkpoints; -1 without one."""
-    folder = run_dir / "checkpoints"
-    names = os.listdir(folder) if folder.is_dir() else []
-    return max((int(match[1]) for name in names if (match := re.search(r"(\d+)$", name))), default=-1)
+        pause(decision.pause_s)

@@ -1,9 +1,9 @@
 """`headrace launch slurm`: one sbatch script, checked, shown or submitted.
 
-The script (`templates/slurm.sh.j2`) starts one process per GPU with srun. Two minutes before the time limit, and on
-failures that may pass, it puts its job back into the queue; the run continues from its newest checkpoint. srun's own
-exit code is no guide (22.05 answered 143 for a task that left with 7), so every process notes its code in
-`<run>/log/exit-<rank>` and the script decides by those.
+The script (`templates/slurm.sh.j2`) asks the nodes whether they are fit, starts one process per GPU with srun, and on
+failures that may pass starts them again: on the same nodes, on spare ones, or in the next job. Before the time limit it
+lets the run save and puts its job back into the queue. srun's own exit code is no guide (22.05 answered 143 for a task
+that left with 7), so every process notes its code in `<run>/log/exit-<rank>`; `attempts.py` decides by those.
 """
 
 import re
@@ -14,105 +14,110 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import jinja2
 
 from headrace.errors import ConfigError
 from headrace.version import __version__
-from launch.preflight import checked_config
+from launch.attempts import Attempts
+from launch.preflight import checked_config, checks_of, usable_node_counts
+from launch.request import SlurmRequest, check_request, refuse_control_characters
 from launch.site import Site
 from launch.snapshot import next_snapshot, write_snapshot
+from pretrain.config import RunConfig
 
 
 @dataclass(frozen=True)
-class SlurmRequest:
-    """What to ask the cluster for."""
+class Script:
+    """What a job script is made of."""
 
-    nodes: int
-    gpus_per_node: int
-    """0: a CPU job."""
-    tasks_per_node: int = 0
-    """Processes per node; 0: one per GPU, or one on a CPU node."""
-    partition: str = ""
-    account: str = ""
-    time: str = "24:00:00"
-    """SLURM's time limit, such as 24:00:00 or 7-00:00:00."""
-    job_name: str = ""
-    """The run folder's name when empty."""
-    container: str = ""
-    """Image for pyxis' `--container-image`; none when empty."""
-    max_failures: int = 3
-    """Failures in a row without a new checkpoint after which the job is not requeued."""
-
-    @property
-    def processes_per_node(self) -> int:
-        """Processes that srun starts on each node."""
-        return self.tasks_per_node or self.gpus_per_node or 1
+    request: SlurmRequest
+    run_dir: Path
+    """Of a sweep: the folder of all its runs."""
+    snapshot: Path
+    work_dir: Path
+    site: Site
+    node_counts: Sequence[int] = ()
+    """Numbers of nodes on which the run's layout works; `request.nodes` when empty."""
+    points: int = 0
+    """Runs of a sweep; 0: an ordinary job."""
+    at_once: int = 0
+    """Runs of a sweep that may run at the same time; 0: all."""
 
 
-def check_request(request: SlurmRequest) -> None:
-    """Raises ConfigError naming the option that cannot be used."""
-    for option, number, least in (
-        ("--nodes", request.nodes, 1),
-        ("--gpus-per-node", request.gpus_per_node, 0),
-        ("--tasks-per-node", request.tasks_per_node, 0),
-        ("--max-failures", request.max_failures, 1),
-    ):
-        if number < least:
-            raise ConfigError(f"{option}: at least {least}, got {number}")
-    if request.gpus_per_node and request.tasks_per_node not in (0, request.gpus_per_node):
-        raise ConfigError(
-            f"--tasks-per-node {request.tasks_per_node}: there is one process per GPU; leave it out, or set "
-            "--gpus-per-node 0 for a CPU cluster"
-        )
-    if not re.fullmatch(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", request.time):
-        raise ConfigError(f"--time {request.time!r}: write minutes, HH:MM:SS or D-HH:MM:SS")
-    for option, text in (
-        ("--partition", request.partition),
-        ("--account", request.account),
-        ("--job-name", request.job_name),
-        ("--container", request.container),
-    ):
-        _refuse_control_characters(option, text)
-
-
-def render_script(request: SlurmRequest, run_dir: Path, snapshot: Path, work_dir: Path, site: Site) -> str:
+def render_script(script: Script) -> str:
     """The job script. Every text a person gave is quoted for the place where it stands."""
+    request, site, run_dir = script.request, script.site, script.run_dir
     check_request(request)
-    for name, path in (("run.dir", run_dir), ("the working directory", work_dir)):
-        _refuse_control_characters(name, str(path))
-    python = site.python or ("python3" if request.container else sys.executable)
-    options = {
-        "job-name": request.job_name or run_dir.name,
-        "nodes": request.nodes,
-        "ntasks-per-node": request.processes_per_node,
-        "time": request.time,
-        **({"gres": f"gpu:{request.gpus_per_node}"} if request.gpus_per_node else {}),
-        **({"partition": request.partition} if request.partition else {}),
-        **({"account": request.account} if request.account else {}),
-        "output": f"{_no_patterns(run_dir)}/log/slurm-%j.log",
-        **{name: value for name, value in site.sbatch.items() if value is not False},
-    }
-    environment = Environment(
-        loader=PackageLoader("launch"),
-        undefined=StrictUndefined,
+    for name, path in (("run.dir", run_dir), ("the working directory", script.work_dir)):
+        refuse_control_characters(name, str(path))
+    container = request.container or site.container
+    python = site.python or ("python3" if container else sys.executable)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("launch"),  # for `extends` in a template of the site's own
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
-    return environment.get_template("slurm.sh.j2").render(
-        version=__version__,
-        directives=[directive(name, value) for name, value in options.items()],
-        request=request,
-        run_dir=run_dir,
-        snapshot=snapshot,
-        log_pattern=f"{_no_patterns(run_dir)}/log/rank-%t.log",
-        work_dir=work_dir,
-        container_mounts=_container_mounts(run_dir, work_dir, site),
-        site=site,
-        # -P: with -m, Python would take packages of the working directory before those of the snapshot.
-        command=[python, "-P", "-m", "pretrain", "train", snapshot / "config.yaml"],
-    )
+    try:
+        if site.template:
+            template = environment.from_string(Path(site.template).read_text(encoding="utf-8"))
+        else:
+            template = environment.get_template("slurm.sh.j2")
+        return template.render(
+            version=__version__,
+            directives=[directive(name, value) for name, value in _options(script).items()],
+            request=request,
+            run_dir=run_dir,
+            snapshot=script.snapshot,
+            work_dir=script.work_dir,
+            container=container,
+            container_mounts=_container_mounts(run_dir, script.work_dir, site) if container else "",
+            site=site,
+            node_counts=script.node_counts or [request.nodes],
+            spare_nodes=_most_nodes(request) > request.fewest_nodes,
+            points=script.points,
+            python=python,
+            batch_python=site.batch_python or ("python3" if container else python),
+        )
+    except OSError as error:
+        raise ConfigError(f"template {site.template}: {error.strerror}") from None
+    except jinja2.TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise ConfigError(f"template {site.template or 'slurm.sh.j2'}{line}: {error.message}") from None
+
+
+def _options(script: Script) -> dict[str, object]:
+    """sbatch's options by long name."""
+    request, site = script.request, script.site
+    most, partition = _most_nodes(request), request.partition or site.partition
+    account = request.account or site.account
+    throttle = f"%{script.at_once}" if script.at_once else ""
+    logs = f"{no_patterns(script.run_dir)}/log"
+    tasks: dict[str, object] = {"ntasks-per-node": request.processes_per_node}
+    if most > request.fewest_nodes:
+        # With numbers of tasks SLURM (22.05) gives the fewest nodes of a range, or waits for the most; with none it
+        # gives as many as there are.
+        per_task = site.sbatch.get("cpus-per-task", 1)
+        tasks = {"mincpus": request.processes_per_node * (per_task if isinstance(per_task, int) else 1)}
+    return {
+        "job-name": request.job_name or script.run_dir.name,
+        "nodes": most if most == request.fewest_nodes else f"{request.fewest_nodes}-{most}",
+        **tasks,
+        "time": request.time,
+        **({"gres": f"gpu:{request.gpus_per_node}"} if request.gpus_per_node else {}),
+        **({"partition": partition} if partition else {}),
+        **({"account": account} if account else {}),
+        **({"array": f"0-{script.points - 1}{throttle}"} if script.points else {}),
+        **({"no-kill": True} if request.spares else {}),  # a lost node ends the attempt, not the job
+        "output": f"{logs}/slurm-%A_%a.log" if script.points else f"{logs}/slurm-%j.log",
+        **{name: value for name, value in site.sbatch.items() if value is not False},
+    }
+
+
+def _most_nodes(request: SlurmRequest) -> int:
+    return request.nodes + request.spares
 
 
 def directive(name: str, value: object) -> str:
@@ -120,52 +125,79 @@ def directive(name: str, value: object) -> str:
     if value is True:
         return f"#SBATCH --{name}"
     text = str(value)
-    _refuse_control_characters(f"--{name}", text)
+    refuse_control_characters(f"--{name}", text)
     if not re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
         text = '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
     return f"#SBATCH --{name}={text}"
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """What became of a launch."""
+
+    script: str
+    jobs: list[str]
+    """Ids; none of a dry run."""
+    snapshot: Path
+
+
 def launch_slurm(
     config_path: str | Path, overrides: Sequence[str], request: SlurmRequest, site: Site, dry_run: bool
-) -> str:
-    """The script when `dry_run`, and nothing is written or run; else the id of the submitted job.
+) -> Submitted:
+    """Submit a run; when `dry_run`, nothing is written or run.
 
     Raises ConfigError (also when sbatch refuses the job) and LayoutError.
     """
     check_request(request)
     config = checked_config(config_path, overrides, request.nodes * request.processes_per_node)
     run_dir = Path(config.run.dir).absolute()
-    snapshot = next_snapshot(run_dir)
-    script = render_script(request, run_dir, snapshot, Path.cwd(), site)
+    counts = usable_node_counts(config, request.fewest_nodes, request.nodes, request.processes_per_node)
+    script = Script(request, run_dir, next_snapshot(run_dir), Path.cwd(), site, counts)
+    return submit(script, {"config.yaml": config}, dry_run)
+
+
+def submit(script: Script, configs: dict[str, RunConfig], dry_run: bool = False) -> Submitted:
+    """Write the snapshot with `configs` (by file name) and hand the job, or the chain of jobs, to sbatch."""
+    text = render_script(script)
     if dry_run:
-        return script
-    job = write_snapshot(snapshot, config, script)
-    (run_dir / "log").mkdir(exist_ok=True)  # SLURM writes its output there and makes no folders
+        return Submitted(text, [], script.snapshot)
+    checks = checks_of(list(configs.values()), script.request, script.site, script.run_dir)
+    job = write_snapshot(script.snapshot, configs, text, checks)
+    (script.run_dir / "log").mkdir(exist_ok=True)  # SLURM writes its output there and makes no folders
+    jobs: list[str] = []
+    attempts = Attempts(script.run_dir)
+    if not script.points:
+        attempts.note("submitted", launcher="slurm", snapshot=script.snapshot.name)
+    for _ in range(script.request.chain):
+        jobs.append(_sbatch(job, jobs[-1] if jobs else ""))
+    (script.snapshot / "job-id").write_text("\n".join(jobs) + "\n")
+    if not script.points:  # a job may have begun by now, so this cannot be the note that starts all counts anew
+        attempts.note("jobs", jobs=jobs)
+    return Submitted(text, jobs, script.snapshot)
+
+
+def _sbatch(job: Path, after: str) -> str:
+    """The id of a new job, which begins when `after` has ended in whatever way."""
+    dependency = [f"--dependency=afterany:{after}"] if after else []
     try:
-        answer = subprocess.run(["sbatch", "--parsable", str(job)], capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            ["sbatch", "--parsable", *dependency, str(job)], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         raise ConfigError(f"sbatch not found: run this where jobs are submitted, or submit {job} there") from None
     if answer.returncode:
         raise ConfigError(f"sbatch refused {job}: {' '.join(answer.stderr.split())}")
-    job_id = answer.stdout.strip().partition(";")[0]
-    (snapshot / "job-id").write_text(job_id + "\n")
-    return job_id
+    return answer.stdout.strip().partition(";")[0]
 
 
 def _container_mounts(run_dir: Path, work_dir: Path, site: Site) -> str:
-    """Mounts in pyxis' notation; the run folder holds the snapshot with the code."""
+    """Mounts as pyxis and apptainer take them; the run folder holds the snapshot with the code."""
     for path in (run_dir, work_dir):
         if re.search("[,:]", str(path)):
             raise ConfigError(f"{path}: a container cannot mount a path with a comma or a colon in its name")
     return ",".join([*dict.fromkeys(f"{path}:{path}" for path in (run_dir, work_dir)), *site.container_mounts])
 
 
-def _no_patterns(path: Path) -> str:
+def no_patterns(path: Path) -> str:
     """`path` where SLURM replaces %j and the like."""
     return str(path).replace("%", "%%")
-
-
-def _refuse_control_characters(name: str, text: str) -> None:
-    if any(not character.isprintable() for character in text):
-        raise ConfigError(f"{name} {text!r}: control characters and line breaks cannot stand in a job script")

@@ -46,8 +46,12 @@ def start_processes(
     log_dir: Path,
     grace_s: float = 10.0,
     stop: StopRequest | None = None,
+    first_rank: int = 0,
 ) -> int:
     """Run `nproc` processes of `command` and return one exit code for all.
+
+    `first_rank`: of these processes, where other machines run the rest; `env` then holds WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT for all.
 
     0 when all left with 0; else the code of a rank that left with a user or data error; else that of the rank that
     failed first (-N when signal N ended it). `env` is added to our own environment; `stop` tells the caller afterwards
@@ -57,19 +61,19 @@ def start_processes(
     shared = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),  # N processes with all cores each are slower
         **os.environ,
-        **env,
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        **env,
     }
     children: list[subprocess.Popen[bytes]] = []
     stop = stop or StopRequest()
     with _forwarding(children, stop):
         try:
-            for rank in range(nproc):
-                children.append(_start(command, rank, shared, log_dir))
-            return _watch(children, stop, log_dir, grace_s)
+            for local in range(nproc):
+                children.append(_start(command, first_rank + local, local, shared, log_dir))
+            return _watch(children, stop, log_dir, grace_s, first_rank)
         finally:
             _kill(children, signal.SIGKILL)
             for child in children:
@@ -83,8 +87,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(command: list[str], rank: int, shared: Mapping[str, str], log_dir: Path) -> subprocess.Popen[bytes]:
-    environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+def _start(
+    command: list[str], rank: int, local: int, shared: Mapping[str, str], log_dir: Path
+) -> subprocess.Popen[bytes]:
+    environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
     log = (log_dir / f"rank-{rank}.log").open("ab") if rank else None
     try:
         return subprocess.Popen(
@@ -139,7 +145,9 @@ def _forwarding(children: list[subprocess.Popen[bytes]], stop: StopRequest) -> I
             signal.signal(number, handler)
 
 
-def _watch(children: list[subprocess.Popen[bytes]], stop: StopRequest, log_dir: Path, grace_s: float) -> int:
+def _watch(
+    children: list[subprocess.Popen[bytes]], stop: StopRequest, log_dir: Path, grace_s: float, first_rank: int
+) -> int:
     first: int | None = None
     """Rank that failed first."""
     deadlines: list[tuple[float, signal.Signals]] = []
@@ -160,7 +168,7 @@ def _watch(children: list[subprocess.Popen[bytes]], stop: StopRequest, log_dir: 
         return int(ExitCode.DONE)
     decisive = [rank for rank in failed if codes[rank] in DECISIVE]
     rank = decisive[0] if decisive else first if first is not None else failed[0]
-    _explain(rank, codes[rank], log_dir)
+    _explain(first_rank + rank, codes[rank], log_dir)
     return codes[rank]
 
 

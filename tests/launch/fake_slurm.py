@@ -23,11 +23,18 @@ for at, word in enumerate(sys.argv[1:]):
         break
     name, _, value = word[2:].partition("=")
     options[name] = value
+tasks, per_node = int(options["ntasks"]), int(options["ntasks-per-node"])
+nodes = options["nodelist"].split(",")
+assert tasks == int(options["nodes"]) * per_node == len(nodes) * per_node
+assert options["open-mode"] == "append"
+if any(word.endswith("node_check.py") for word in command):
+    for node in nodes:
+        env = {**os.environ, "SLURMD_NODENAME": node}
+        subprocess.run([os.environ["REAL_PYTHON"], *command[1:]], env=env, stdout=subprocess.DEVNULL)
+    sys.exit()
 with open(os.environ["FAKE_SLURM"] + "/srun-options", "w") as file:
     file.write("\\n".join(sys.argv[1 : 1 + at]))
-tasks, per_node = int(options["ntasks"]), int(options["ntasks-per-node"])
-assert tasks == int(options["nodes"]) * per_node
-assert options["kill-on-bad-exit"] == "1" and options["open-mode"] == "append"
+assert options["kill-on-bad-exit"] == "1"
 children = []
 def forward(number, frame):
     for child in children:
@@ -54,7 +61,7 @@ import os, signal, sys
 from pathlib import Path
 here = Path(os.environ["FAKE_SLURM"])
 if sys.argv[1:3] == ["show", "hostnames"]:
-    print("\\n".join(["no-such-node.invalid", "other.invalid"]))
+    print("\\n".join(sys.argv[3].split(",")))
 elif sys.argv[1:3] == ["show", "node"]:
     assert sys.argv[3:] == ["-o", "no-such-node.invalid"]
     print("NodeName=no-such-node.invalid Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=x Version=22.05.8")
@@ -63,8 +70,20 @@ elif sys.argv[1] == "requeue":
         sys.exit("slurm_requeue error: Requested operation is presently disabled")
     (here / "requeued").write_text(sys.argv[2])
     os.kill(os.getppid(), signal.SIGTERM)
+elif sys.argv[1] == "update":
+    with (here / "updated").open("a") as file:
+        file.write(" ".join(sys.argv[2:]) + "\\n")
 else:
     sys.exit(f"fake scontrol: {sys.argv}")
+"""
+
+SINFO = """
+import os, sys
+from pathlib import Path
+down = Path(os.environ["FAKE_SLURM"]) / "down"
+bad = down.read_text().split() if down.exists() else []
+for node in sys.argv[sys.argv.index("-n") + 1].split(","):
+    print(node, "down*" if node in bad else "mixed")
 """
 
 SBATCH = """
@@ -74,7 +93,9 @@ here = Path(os.environ["FAKE_SLURM"])
 if (here / "refuse").exists():
     sys.exit("sbatch: error: Batch job submission failed:\\n Invalid account")
 assert sys.argv[1] == "--parsable", sys.argv
-shutil.copy(sys.argv[2], here / "job.sh")
+shutil.copy(sys.argv[-1], here / "job.sh")
+with open(here / "sbatch-options", "a") as file:
+    file.write(" ".join(sys.argv[2:-1]) + "\\n")
 print("4711;cluster")
 """
 
@@ -87,7 +108,7 @@ class FakeSlurm:
 
     def __post_init__(self) -> None:
         (self.here / "bin").mkdir(parents=True)
-        for name, source in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
+        for name, source in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH), ("sinfo", SINFO)):
             self.program(name, PYTHON + source)
         self.program("sleep", "#!/bin/sh\n")  # the script's pauses are for real clusters
 
@@ -101,13 +122,19 @@ class FakeSlurm:
     def environment(self) -> dict[str, str]:
         """The environment in which the stand-ins are found."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k != "OMP_NUM_THREADS"}
-        return {**inherited, "FAKE_SLURM": str(self.here), "PATH": f"{self.here / 'bin'}:{os.environ['PATH']}"}
+        return {
+            **inherited,
+            "FAKE_SLURM": str(self.here),
+            "REAL_PYTHON": sys.executable,
+            "PATH": f"{self.here / 'bin'}:{os.environ['PATH']}",
+        }
 
     def start(self, script: Path, nodes: int, restarts: int = 0, **variables: str) -> subprocess.Popen[str]:
         """The batch script as SLURM starts it on the job's first node."""
+        names = ["no-such-node.invalid", *(f"other-{number}.invalid" for number in range(1, nodes))]
         job = {
             "SLURM_JOB_ID": "40123",
-            "SLURM_JOB_NODELIST": "no-such-node.invalid,other.invalid",
+            "SLURM_JOB_NODELIST": ",".join(names),
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_RESTART_COUNT": str(restarts),
         }
@@ -119,6 +146,11 @@ class FakeSlurm:
             text=True,
             cwd="/",
         )
+
+    def sbatch_options(self) -> list[str]:
+        """Options of every sbatch so far."""
+        path = self.here / "sbatch-options"
+        return path.read_text().splitlines() if path.exists() else []
 
     def was_requeued(self) -> bool:
         """Whether the last batch script asked for a requeue; the question forgets the answer."""
