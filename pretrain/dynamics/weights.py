@@ -8,6 +8,7 @@ its own, with a copy of the weights from before.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch

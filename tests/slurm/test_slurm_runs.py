@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_run import STEPS, attempts, hashes, train_here, verdicts, write_config
+from lab_run import STEPS, attempts, hashes, train_here, verdicts, write_config
 from warm_python import Server
 
 from launch.jobs import status_of, sweep_runs
