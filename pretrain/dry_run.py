@@ -155,12 +155,16 @@ def _stretch(
 def kernels_of(config: RunConfig) -> Kernels:
     """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
     gpu = config.train.precision != "fp32"
-    choice = config.kernels.swiglu
-    if choice == "auto" and not gpu:
-        from parallel.kernels import swiglu
+    swiglu_choice, norm_choice = config.kernels.swiglu, config.kernels.residual_norm
+    if not gpu:
+        from parallel.kernels import residual_norm, swiglu
+        from parallel.kernels.choice import choose
 
-        choice = swiglu.choose("auto", "cpu")[0]
-    return Kernels(gpu=gpu, fused_swiglu=choice == "fused")
+        if swiglu_choice == "auto":
+            swiglu_choice = choose(swiglu.KERNEL, "auto", "cpu")[0]
+        if norm_choice == "auto":
+            norm_choice = choose(residual_norm.KERNEL, "auto", "cpu")[0]
+    return Kernels(gpu=gpu, fused_norms=norm_choice == "fused", fused_swiglu=swiglu_choice == "fused")
 
 
 def _memory(stage: StageMemory) -> dict[str, int]:

@@ -122,3 +122,7 @@ class KernelsConfig(StrictModel):
 
     swiglu: Literal["auto", "torch", "fused"] = "auto"
     """Activation of the MLP in `llama` and `qwen3`; `fused` is refused where it is not built."""
+    residual_norm: Literal["auto", "torch", "fused"] = "auto"
+    """Norms of blocks with the residual additions before them, and the last norm; `fused` is refused where it is not
+    built, and with fp16. Between blocks addition and norm are one pass unless `train.recompute: full` or
+    `parallel.fully_sharded` keep the blocks apart."""

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from headrace.errors import ConfigError
 from parallel import accelerator
 from parallel.engine import GPTModel, TransformerConfig, parallel_state
-from parallel.kernels import swiglu
+from parallel.kernels import choice, residual_norm, swiglu
 from parallel.layout import Layout
+from parallel.residual_layer import link
 from parallel.spec import block_spec, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import vocab_parallel_cross_entropy
@@ -150,7 +151,15 @@ def _swiglu_is_fused(config: ModelConfig, kernels: KernelsConfig, dtype: torch.d
         if kernels.swiglu == "fused":
             raise ConfigError("kernels.swiglu: fused does not take fp16; leave the key out")
         return False
-    return swiglu.choose(kernels.swiglu, accelerator.device().type)[0] == "fused"
+    return choice.choose(swiglu.KERNEL, kernels.swiglu, accelerator.device().type)[0] == "fused"
+
+
+def _norms_are_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:
+    if dtype not in residual_norm.DTYPES:
+        if kernels.residual_norm == "fused":
+            raise ConfigError("kernels.residual_norm: fused does not take fp16; leave the key out")
+        return False
+    return choice.choose(residual_norm.KERNEL, kernels.residual_norm, accelerator.device().type)[0] == "fused"
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
@@ -173,12 +182,13 @@ def build_model(
     weights depend on `seed` and their place in the model only, not on the layout.
     """
     megatron = transformer_config(config, layout, precision, recompute, kernels)
+    fused_norms = _norms_are_fused(kernels or KernelsConfig(), DTYPES[precision])
     chunks = []
     for stage in range(layout.model_chunks):
         vp_stage = stage if layout.virtual_pipeline_parallel_size else None
         chunk = LanguageModel(
             config=megatron,
-            transformer_layer_spec=block_spec(megatron, vp_stage),
+            transformer_layer_spec=block_spec(megatron, vp_stage, fused_norms),
             vocab_size=vocab_size,
             max_sequence_length=seq_len,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -192,7 +202,11 @@ def build_model(
             scale_logits(chunk.output_layer, config)
         chunk.multi_token_heads = None
         if config.mtp is not None and chunk.post_process:
-            chunk.multi_token_heads = MultiTokenHeads(megatron, config.mtp.depth, chunk.pg_collection, vp_stage)
+            chunk.multi_token_heads = MultiTokenHeads(
+                megatron, config.mtp.depth, chunk.pg_collection, vp_stage, fused_norms
+            )
+        if fused_norms and not layout.fully_sharded:
+            link(chunk)
         mark_experts(chunk)
         chunks.append(chunk.to(accelerator.device()))
     initialize_weights(chunks, config, seed)
