@@ -28,7 +28,7 @@ from setuptools.errors import CompileError
 
 LOOPS = "data_scheduler._sequences"
 CSRC = Path("csrc")  # setuptools wants paths relative to this file
-HEADERS = sorted(map(str, CSRC.glob("*.h")))
+HEADERS = sorted(map(str, [*CSRC.glob("*.h"), *CSRC.glob("*.cuh")]))
 OLDEST_TORCH = (2, 11)
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, as torch's headers spell it
 # The last two let the compiler turn `a > b ? a : b` into vector instructions; results stay IEEE's.

@@ -1,12 +1,7 @@
 // SwiGLU on the GPU: one pass over memory, one thread for each 16 bytes of `hidden`. Mathematics and layout: swiglu.h.
 #include "swiglu.h"
 
-#include <cuda_bf16.h>
-
-#include <algorithm>
-#include <initializer_list>
-
-#include "launch.h"
+#include "device.cuh"
 
 namespace headrace {
 namespace {
@@ -17,16 +12,6 @@ constexpr unsigned kThreads = 256;
 #define HEADRACE_PACKS_PER_LAUNCH (int64_t{1} << 30)
 #endif
 constexpr int64_t kPacksPerLaunch = HEADRACE_PACKS_PER_LAUNCH;  // so that a pack's number fits in 32 bits
-
-template <typename T, int N>
-struct alignas(N * sizeof(T)) Pack {
-  T values[N];
-};
-
-__device__ __forceinline__ float load(float x) { return x; }
-__device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void store(float& to, float x) { to = x; }
-__device__ __forceinline__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
 // `row_packs` packs are a row of hidden; in gate_up each row is twice as long.
 template <typename T, int N>
@@ -67,8 +52,6 @@ __global__ void __launch_bounds__(kThreads)
   grad_gate_up[from + row_packs] = grad_up;
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Calls launch(first row, packs, packs in a row) for slices of rows that one launch can count.
 template <typename Launch>
 int for_each_slice(int64_t rows, int64_t row_packs, const Launch& launch) {
@@ -106,20 +89,15 @@ int launch_backward(const void* grad, const void* gate_up, void* grad_gate_up, i
 
 // 16-byte packs where rows and tensors begin on 16-byte boundaries, single numbers elsewhere.
 template <typename T>
-bool packable(int64_t width, std::initializer_list<const void*> tensors) {
-  return width % (16 / sizeof(T)) == 0 && std::all_of(tensors.begin(), tensors.end(), aligned);
-}
-
-template <typename T>
 int forward_of(const void* gate_up, void* hidden, int64_t rows, int64_t width, void* stream) {
-  const auto launch = packable<T>(width, {gate_up, hidden}) ? launch_forward<T, 16 / sizeof(T)> : launch_forward<T, 1>;
+  const auto launch = packable<T>(width, {gate_up, hidden}) ? launch_forward<T, kPackSize<T>> : launch_forward<T, 1>;
   return launch(gate_up, hidden, rows, width, stream);
 }
 
 template <typename T>
 int backward_of(const void* grad, const void* gate_up, void* grad_gate_up, int64_t rows, int64_t width, void* stream) {
   const auto launch =
-      packable<T>(width, {grad, gate_up, grad_gate_up}) ? launch_backward<T, 16 / sizeof(T)> : launch_backward<T, 1>;
+      packable<T>(width, {grad, gate_up, grad_gate_up}) ? launch_backward<T, kPackSize<T>> : launch_backward<T, 1>;
   return launch(grad, gate_up, grad_gate_up, rows, width, stream);
 }
 

@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-namespace headrace {
+#include "dtype.h"
 
-enum class Dtype { float32, bfloat16 };
+namespace headrace {
 
 // Numbers [begin, end) of hidden (forward) and the two that belong to each in gate_up's gradient (backward), so that
 // callers can divide the work as they like; the result does not depend on how.

@@ -193,7 +193,7 @@ def probe(folder: Path) -> None:
         ("device", "megatron-core", _engine),
         ("kernels", "attention", _attention),
         ("kernels", "optimizer", _optimizer),
-        ("kernels", "swiglu", _swiglu),
+        ("kernels", "our own", _own_kernels),
         ("kernels", "data loops", _loops),
         ("self-test", "files", _files),
         ("self-test", "encoder", _encoder),
@@ -250,10 +250,11 @@ def _optimizer(folder: Path) -> str:
     return "fused Adam of TransformerEngine or apex"
 
 
-def _swiglu(folder: Path) -> str:
-    from parallel import accelerator, kernels
+def _own_kernels(folder: Path) -> str:
+    from parallel import accelerator
+    from parallel.kernels.choice import available
 
-    return kernels.available(accelerator.device().type)["swiglu"]
+    return "; ".join(f"{name} {what}" for name, what in available(accelerator.device().type).items())
 
 
 def _loops(folder: Path) -> str:

@@ -13,30 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from headrace.errors import ConfigError
-from parallel.kernels import Choice, Implementation, extension
+from parallel.kernels import extension
+from parallel.kernels.choice import Kernel
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
 FASTER_ON = frozenset({"cpu"})
 """Devices where `benchmarks/kernels.py` measured the fused form to be faster (benchmarks/results/kernels.json). CUDA is
 missing because no GPU was at hand: there `auto` is torch until somebody has measured."""
-
-
-def choose(choice: Choice, device: str) -> tuple[Implementation, str]:
-    """(form to use on `device` ("cpu" or "cuda"), why). Raises ConfigError when `fused` is asked for and not there."""
-    if choice == "torch":
-        return "torch", "asked for"
-    problem = extension.problem_on("swiglu_forward", device)
-    if choice == "fused":
-        if problem:
-            raise ConfigError(f"kernels.swiglu: fused is not available on {device}: {problem}; or set it to auto")
-        return "fused", "asked for"
-    if problem:
-        return "torch", problem
-    if device not in FASTER_ON:
-        return "torch", f"the fused kernel is there, but was not measured on {device} yet; kernels.swiglu=fused uses it"
-    return "fused", f"faster than torch on {device}"
+KERNEL = Kernel("swiglu", ("swiglu_forward", "swiglu_backward"), FASTER_ON)
 
 
 def reference(gate_up: torch.Tensor) -> torch.Tensor:

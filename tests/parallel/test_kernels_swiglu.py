@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import ConfigError
-from parallel.kernels import available, extension, swiglu
+from parallel.kernels import extension, swiglu
+from parallel.kernels.choice import available, choose
 
 ROOT = Path(extension.FOLDER).parents[1]
 built = pytest.mark.skipif(bool(extension.problem()), reason=f"kernels: {extension.problem()}")
@@ -58,7 +59,7 @@ def test_the_kernels_are_built_from_these_sources() -> None:
         pytest.skip("no C++ compiler here, so the package computes with torch")
     assert extension.problem() == ""
     library = max(path.stat().st_mtime for path in extension.FOLDER.glob("_C*.so"))
-    newer = [path.name for path in (ROOT / "csrc").iterdir() if path.stat().st_mtime > library]
+    newer = [path.name for path in (ROOT / "csrc").glob("*.*") if path.stat().st_mtime > library]
     assert not newer, f"changed since the kernels were built; {extension.HOW_TO_BUILD}"
 
 
@@ -205,10 +206,10 @@ def test_reference_is_right_in_float64() -> None:
 
 @built
 def test_the_choice_says_why() -> None:
-    assert swiglu.choose("torch", "cpu") == ("torch", "asked for")
-    assert swiglu.choose("fused", "cpu") == ("fused", "asked for")
-    assert swiglu.choose("auto", "cpu") == ("fused", "faster than torch on cpu")
-    assert available("cpu") == {"swiglu": "fused: faster than torch on cpu"}
+    assert choose(swiglu.KERNEL, "torch", "cpu") == ("torch", "asked for")
+    assert choose(swiglu.KERNEL, "fused", "cpu") == ("fused", "asked for")
+    assert choose(swiglu.KERNEL, "auto", "cpu") == ("fused", "faster than torch on cpu")
+    assert available("cpu")["swiglu"] == "fused: faster than torch on cpu"
     assert available("cuda")["swiglu"].startswith("torch: ")
 
 
@@ -216,12 +217,12 @@ def test_without_the_library_it_is_torch(monkeypatch: pytest.MonkeyPatch, tmp_pa
     extension.problem.cache_clear()
     monkeypatch.setattr(extension, "FOLDER", tmp_path)
     try:
-        assert swiglu.choose("auto", "cpu")[0] == "torch"
+        assert choose(swiglu.KERNEL, "auto", "cpu")[0] == "torch"
         assert available("cpu")["swiglu"].startswith("torch: not built; pip install")
         with pytest.raises(ConfigError, match=r"kernels\.swiglu: fused is not available on cpu: not built"):
-            swiglu.choose("fused", "cpu")
+            choose(swiglu.KERNEL, "fused", "cpu")
         extension.problem.cache_clear()
         (tmp_path / "_C.abi3.so").write_bytes(os.urandom(64))  # a library for another machine, say
-        assert "_C.abi3.so does not load into torch" in swiglu.choose("auto", "cpu")[1]
+        assert "_C.abi3.so does not load into torch" in choose(swiglu.KERNEL, "auto", "cpu")[1]
     finally:
         extension.problem.cache_clear()
