@@ -86,8 +86,9 @@ class Emulated:
 def load(family: str, defines: tuple[str, ...] = (), source: str | None = None, folder: Path = CSRC) -> Emulated:
     """The operators of `<family>_binding.cpp` with the kernels of `<family>.cu`, compiled for the CPU.
 
-    Both are in `folder`. `defines` are macros for the kernels ("HEADRACE_PACKS_PER_LAUNCH=96"); `source` is compiled instead of the .cu file,
-    for tests that plant a bug in it. Raises RuntimeError, with the compiler's words, if it fails.
+    Both are in `folder`. `defines` are macros for the kernels ("HEADRACE_PACKS_PER_LAUNCH=96"); `source` is compiled
+    instead of the .cu file, for tests that plant a bug in it. Raises RuntimeError, with the compiler's words, if that
+    fails.
     """
     kernels = _kernels(family, defines, source, folder)
     binding = folder / f"{family}_binding.cpp"
