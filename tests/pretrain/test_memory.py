@@ -9,6 +9,7 @@ from process_group import run_ranks
 from tiny_run import BATCH, SEQ_LEN, VOCAB, tiny_batch, tiny_config, tiny_state
 
 from parallel import process_groups
+from parallel.kernels import extension
 from parallel.layout import Layout
 from pretrain.config import RunConfig
 from pretrain.models.memory import Batch, Kernels, StageMemory, memory_by_stage
@@ -17,7 +18,6 @@ from pretrain.step import TrainState, train_step
 
 TOLERANCE = 0.1
 """Of activations. What is left out: rsqrt of norms on a CPU, masks of split vocabularies, a dozen numbers a token."""
-HERE = Kernels(gpu=False, fused_swiglu=False)
 
 
 class Held:
@@ -83,12 +83,14 @@ def estimated(config: RunConfig, layout: Layout) -> list[StageMemory]:
     train = config.train
     micro_batches = BATCH // layout.data_parallel_size // train.micro_batch_size
     batch = Batch(SEQ_LEN, train.micro_batch_size, micro_batches)
-    return memory_by_stage(config.model, VOCAB, layout, batch, train.precision, train.recompute, HERE)
+    here = Kernels(gpu=False, fused_norms=config.kernels.residual_norm == "fused", fused_swiglu=False)
+    return memory_by_stage(config.model, VOCAB, layout, batch, train.precision, train.recompute, here)
 
 
-def config_of(family: str, **changes: Any) -> RunConfig:
+def config_of(family: str, norms: str = "torch", **changes: Any) -> RunConfig:
     config = tiny_config(family, **changes)
-    return config.model_copy(update={"kernels": config.kernels.model_copy(update={"swiglu": "torch"})})
+    kernels = {"swiglu": "torch", "residual_norm": norms}
+    return config.model_copy(update={"kernels": config.kernels.model_copy(update=kernels)})
 
 
 def assert_activations_are_near(kept: int, stage: StageMemory, config: RunConfig) -> None:
@@ -109,6 +111,16 @@ def test_one_process(family: str, precision: str, recompute: str) -> None:
     expected = standing(stage)
     assert {key: found[key] for key in expected} == expected
     assert_activations_are_near(found["activations"], stage, config)
+
+
+@pytest.mark.skipif(bool(extension.problem()), reason=f"kernels: {extension.problem()}")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("family", "precision"), [("llama", "bf16"), ("wonton", "fp32")])
+def test_fused_norms_keep_a_number_or_two_for_each_token(family: str, precision: str, recompute: str) -> None:
+    config = config_of(family, "fused", precision=precision, recompute=recompute)
+    [stage], [torchs] = estimated(config, Layout(1)), estimated(config_of(family, precision=precision), Layout(1))
+    assert_activations_are_near(measured(config, Layout(1))["activations"], stage, config)
+    assert family == "wonton" or stage.activations < 0.8 * torchs.activations
 
 
 def standing(stage: StageMemory) -> dict[str, int]:

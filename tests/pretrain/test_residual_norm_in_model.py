@@ -77,43 +77,44 @@ def test_every_layout_has_one_loss_curve(family: str, layout: Layout) -> None:
 @built
 @pytest.mark.parametrize("family", ["llama", "wonton"])
 def test_bf16_is_as_near_to_torch_as_torch_to_itself(family: str) -> None:
-    """Two runs of torch's operators that differ in rounding: one sums its gradients over other micro-batches."""
+    """Within what two runs of torch's operators differ by that round differently: in bf16 and in fp32."""
     fused = curve("fused", family, Layout(1), {"precision": "bf16"})
     torchs = curve("torch", family, Layout(1), {"precision": "bf16"})
     exact = curve("torch", family, Layout(1), {"precision": "fp32"})
     spread = max(abs(one - other) for (one, _), (other, _) in zip(torchs, exact, strict=True))
     for (loss, _), (expected, _) in zip(fused, torchs, strict=True):
         assert math.isfinite(loss)
-        assert abs(loss - expected) <= 2 * spread
+        assert abs(loss - expected) <= spread
 
 
-def built_as(config: RunConfig, layout: Layout | None = None) -> Any:
-    """The first model chunk."""
-    chunk = tiny_state(config, layout or Layout(1)).chunks[0]
+def built_as(config: RunConfig) -> tuple[Any, list[str]]:
+    """(the model, keys of its checkpoint)"""
+    chunk = tiny_state(config, Layout(1)).chunks[0]
+    keys = list(chunk.sharded_state_dict())
     process_groups.shutdown()
-    return chunk
+    return chunk, keys
 
 
 @built
 @pytest.mark.parametrize(("family", "kind"), [("llama", FusedRMSNorm), ("wonton", FusedLayerNorm)])
 def test_every_norm_of_a_block_is_what_the_config_says(family: str, kind: type[torch.nn.Module]) -> None:
-    chunk = built_as(with_norms("auto", family))
+    chunk, keys = built_as(with_norms("auto", family))
     layers = chunk.decoder.layers
     assert all(isinstance(layer, ResidualNormLayer) for layer in layers)
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
     assert {type(norm) for norm in (*norms, chunk.decoder.final_layernorm)} == {kind}
     assert [len(layer._next_norm) for layer in layers] == [1, 1, 1, 0]
-    plain = built_as(with_norms("torch", family))
+    plain, plain_keys = built_as(with_norms("torch", family))
     assert not [module for module in plain.modules() if isinstance(module, ResidualNormLayer | kind)]
     # A checkpoint of one form is one of the other.
     assert [name for name, _ in chunk.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert list(chunk.sharded_state_dict()) == list(plain.sharded_state_dict())
+    assert keys == plain_keys
 
 
 @built
 def test_layers_that_are_recomputed_are_not_linked() -> None:
-    layers = built_as(with_norms("fused", recompute="full")).decoder.layers
-    assert not any(layer._next_norm for layer in layers)
+    chunk, _ = built_as(with_norms("fused", recompute="full"))
+    assert not any(layer._next_norm for layer in chunk.decoder.layers)
 
 
 def measured(form: str, family: str) -> dict[str, float]:
@@ -144,5 +145,5 @@ def test_a_kernel_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(extension, "problem", lambda: "not built")
     with pytest.raises(ConfigError, match=r"kernels\.residual_norm: fused is not available on cpu: not built"):
         build_model(tiny_config().model, Layout(1), 8, VOCAB, kernels=kernels)
-    chunk = built_as(tiny_config())  # auto: torch, without a word
+    chunk, _ = built_as(tiny_config())  # auto: torch, without a word
     assert not any(isinstance(layer, ResidualNormLayer) for layer in chunk.decoder.layers)
