@@ -1,6 +1,5 @@
 """`kernels.residual_norm`: blocks that add and normalise in one pass train as those of torch's operators do."""
 
-import math
 from typing import Any
 
 import pytest
@@ -77,14 +76,17 @@ def test_every_layout_has_one_loss_curve(family: str, layout: Layout) -> None:
 @built
 @pytest.mark.parametrize("family", ["llama", "wonton"])
 def test_bf16_is_as_near_to_torch_as_torch_to_itself(family: str) -> None:
-    """Within what two runs of torch's operators differ by that round differently: in bf16 and in fp32."""
-    fused = curve("fused", family, Layout(1), {"precision": "bf16"})
-    torchs = curve("torch", family, Layout(1), {"precision": "bf16"})
-    exact = curve("torch", family, Layout(1), {"precision": "fp32"})
-    spread = max(abs(one - other) for (one, _), (other, _) in zip(torchs, exact, strict=True))
-    for (loss, _), (expected, _) in zip(fused, torchs, strict=True):
-        assert math.isfinite(loss)
-        assert abs(loss - expected) <= spread
+    """Its losses are no further from fp32's than those of torch's operators, which two orders of summation tell apart."""
+    exact = curve("torch", family, Layout(1), {})
+
+    def off(form: str, micro_batch_size: int) -> float:
+        changes = {"precision": "bf16", "micro_batch_size": micro_batch_size}
+        found = curve(form, family, Layout(1), changes)
+        return max(abs(loss - expected) for (loss, _), (expected, _) in zip(found, exact, strict=True))
+
+    references = [off("torch", micro_batch_size) for micro_batch_size in (1, 4)]
+    assert references[0] != references[1]
+    assert off("fused", 2) <= 1.5 * max(references)
 
 
 def built_as(config: RunConfig) -> tuple[Any, list[str]]:
