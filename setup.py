@@ -15,11 +15,13 @@ The kernels use torch's stable ABI only: one file serves torch 2.11 and newer, w
 Where they cannot be built the package installs all the same and computes with torch; `headrace doctor` says so.
 """
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -54,8 +56,14 @@ class BuildExtensions(build_ext):
                 if forced:
                     raise
                 say(f"the CUDA kernels could not be built, so on GPUs torch's are used: {error}")
+        built_for = Path(self.build_temp, "kernels.txt")
+        wanted = repr((extension.define_macros, extension.extra_objects))
+        if not (built_for.exists() and built_for.read_text() == wanted):
+            self.force = True  # compiled with or without CUDA before, which changes none of the files looked at
         try:
             super().build_extension(extension)
+            built_for.parent.mkdir(parents=True, exist_ok=True)
+            built_for.write_text(wanted)
         except Exception as error:  # setuptools' compilers raise what is in no public family
             say(f"the kernels of csrc/ could not be built, so torch's are used: {error}")
             raise CompileError(str(error)) from error  # goes no further when the extension is optional
@@ -64,14 +72,11 @@ class BuildExtensions(build_ext):
         home = nvcc.parents[1]
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
-        objects = []
-        for source in sorted(CSRC.glob("*.cu")):
-            compiled = folder / f"{source.stem}.o"
-            objects.append(str(compiled))
-            flags = ["-std=c++17", "-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            command = [str(nvcc), *flags, *architecture_flags(), "-c", str(source), "-o", str(compiled)]
-            self.announce(" ".join(command), level=2)
-            subprocess.check_call(command)
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags()]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            objects = list(
+                pool.map(lambda source: self._compile_cuda(source, folder, flags), sorted(CSRC.glob("*.cu")))
+            )
         runtime = next(iter(sorted(home.glob("lib*/libcudart_static.a"))), None)
         if runtime is None:
             raise FileNotFoundError(f"no libcudart_static.a in {home}/lib64")
@@ -79,6 +84,18 @@ class BuildExtensions(build_ext):
         extension.define_macros.append(("HEADRACE_CUDA", None))
         extension.include_dirs.append(str(home / "include"))
         extension.extra_link_args += [f"-L{runtime.parent}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+    def _compile_cuda(self, source, folder, flags):
+        """The object file of a .cu file; the one that is there if nothing it was made of has changed."""
+        compiled, recipe = folder / f"{source.stem}.o", folder / f"{source.stem}.txt"
+        command = [str(nvcc), *flags, "-c", str(source), "-o", str(compiled)]
+        inputs = [*map(Path, HEADERS), source]
+        made_of = hashlib.sha256(repr((command, [path.read_bytes() for path in inputs])).encode()).hexdigest()
+        if not (compiled.exists() and recipe.exists() and recipe.read_text() == made_of):
+            self.announce(" ".join(command), level=2)
+            subprocess.check_call(command)
+            recipe.write_text(made_of)
+        return str(compiled)
 
 
 def say(line):

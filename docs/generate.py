@@ -7,6 +7,7 @@
     docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
     docs/how-to/gpu.md      its table of presets, from `pretrain.models`
     docs/parallel.md        its tables, from benchmarks/results/parallel_equivalence.json
+    docs/kernels.md         its table, by docs/kernel_table.py from benchmarks/results/kernels.json
     docs/mixing.md          its tables, from benchmarks/results/policy_overhead.json and mixing_*.json
 
 `tests/docs/test_docs.py` fails when a page is not what this script would write.
@@ -407,6 +408,17 @@ def parallel() -> str:
     return page
 
 
+def kernels() -> str:
+    """The page with its table of operators made from the result file."""
+    sys.path.insert(0, str(DOCS))
+    import kernel_table
+
+    page = (DOCS / "kernels.md").read_text(encoding="utf-8")
+    result = json.loads((DOCS.parent / "benchmarks" / "results" / "kernels.json").read_text())
+    table = _table(kernel_table.HEAD, kernel_table.rows(result))
+    return _replaced(page, "operators", f"{table}\n{kernel_table.facts(result)}")
+
+
 PAGES = {
     "configuration.md": configuration,
     "metrics.md": metrics,
@@ -415,6 +427,7 @@ PAGES = {
     "mixing.md": mixing,
     "how-to/gpu.md": gpu,
     "parallel.md": parallel,
+    "kernels.md": kernels,
     "how-to/curriculum-by-bands.md": bands,
 }
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from parallel.kernels import extension
 from parallel.kernels.choice import Kernel
+from parallel.kernels.self_test import Trial
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes."""
@@ -39,6 +40,9 @@ def fused(gate_up: torch.Tensor) -> torch.Tensor:
     _check(gate_up)
     hidden: torch.Tensor = torch.ops.headrace.swiglu_forward(gate_up)
     return hidden
+
+
+TRIAL = Trial(KERNEL, lambda: (torch.randn(512, 2 * 704, dtype=torch.float64),), fused, reference)
 
 
 def _check(gate_up: torch.Tensor) -> None:

@@ -5,20 +5,16 @@
     hidden = emulated.under_every_schedule(swiglu, lambda: swiglu.ops.swiglu_forward(gate_up))
 
 `load` compiles kernels and binding into a library of their own, once for each content of their sources: the library is
-kept in `build/emulated/` under a digest of all that goes into it, so tests of one run, and runs after each other, share
+kept in `build/tests/` under a digest of all that goes into it, so tests of one run, and runs after each other, share
 it. Results under all schedules must agree bit for bit, or a barrier is missing. What is undefined on a GPU, such as a
 barrier that not all threads reach, raises RuntimeError with block and source line.
 """
 
 import contextlib
 import ctypes
-import fcntl
 import functools
-import hashlib
 import os
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +22,10 @@ from typing import Any
 
 import pytest
 import torch
+from built_once import CACHE, built_once, digest, run
 
-ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 EMULATOR = CSRC / "emulator"
-CACHE = ROOT / "build" / "emulated"
 SCHEDULES = ("forward", "reverse", "random", "warp_greedy", "greedy_reverse")
 """In the order of `enum class Schedule` in csrc/emulator/block.h."""
 FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror")
@@ -92,7 +87,7 @@ def load(family: str, defines: tuple[str, ...] = (), source: str | None = None, 
     """
     kernels = _kernels(family, defines, source, folder)
     binding = folder / f"{family}_binding.cpp"
-    namespace = f"headrace_emulated_{_digest(str(kernels), binding.read_text(), torch.__version__)}"
+    namespace = f"headrace_emulated_{digest(str(kernels), binding.read_text(), torch.__version__)}"
     torch_root = Path(torch.__file__).parent
     macros = ("-DHEADRACE_EMULATED", "-DHEADRACE_CUDA", f"-DHEADRACE_LIBRARY={namespace}")
     stable = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch_root / "include"), f"-I{folder}")
@@ -112,7 +107,7 @@ def launchers(
     compiled for AddressSanitizer, whose library must then be loaded before all others (LD_PRELOAD).
     """
     extra = ("-fsanitize=address", "-fno-omit-frame-pointer") if asan else ()
-    kernels = _kernels(family, defines, source, folder, extra)
+    kernels = _kernels(family, defines, source, folder, (*extra, "-fvisibility=default"))
     return _linked(f"{family}_launchers", [kernels, *_emulator(extra)], extra)
 
 
@@ -132,49 +127,24 @@ def _compiled(name: str, text: str, flags: tuple[str, ...]) -> Path:
     headers = [*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *EMULATOR.glob("*.h"), *Path(__file__).parent.glob("*.h")]
     words = [path.read_text() for path in sorted(headers)] if name not in ("fiber", "block") else []
     emulator = [path.read_text() for path in sorted(EMULATOR.glob("*.h"))]
-    path = CACHE / _digest(name, text, flags, FLAGS, QUIET, words, emulator) / f"{name}.o"
-    with _built_once(path) as target:
+    path = CACHE / digest(name, text, flags, FLAGS, QUIET, words, emulator) / f"{name}.o"
+    with built_once(path) as target:
         if target is not None:
             source = target.with_name(f"{name}.cu" if name == "kernels" else f"{name}.cpp")
             source.write_text(text)
             includes = ("-I", str(CSRC), "-I", str(EMULATOR), "-isystem", str(cuda_headers()))
-            _run(["g++", *FLAGS, *QUIET, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
+            run(["g++", *FLAGS, *QUIET, *flags, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
     return path
 
 
 def _linked(name: str, objects: list[Path], flags: tuple[str, ...]) -> Path:
     script = EMULATOR / "shared.ld"
-    path = CACHE / f"{name}-{_digest(*map(str, objects), flags, script.read_text())}.so"
-    with _built_once(path) as target:
+    path = CACHE / f"{name}-{digest(*map(str, objects), flags, script.read_text())}.so"
+    with built_once(path) as target:
         if target is not None:
             files = [str(each) for each in objects]
-            _run(["g++", "-shared", *files, f"-Wl,-T,{script}", "-Wl,-z,defs", *flags, "-o", str(target)])
+            run(["g++", "-shared", *files, f"-Wl,-T,{script}", "-Wl,-z,defs", *flags, "-o", str(target)])
     return path
-
-
-def _run(command: list[str]) -> None:
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {answer.stderr}")
-
-
-def _digest(*content: object) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _built_once(path: Path) -> Iterator[Path | None]:
-    """Gives a file to write, which becomes `path`; None if `path` is there. Other processes wait, and find it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            yield None
-            return
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            target = Path(folder, path.name)
-            yield target
-            target.replace(path)
 
 
 def under_every_schedule(emulated: Emulated, call: Callable[[], Any], seeds: int = 3) -> Any:

@@ -5,8 +5,8 @@
 
 namespace headrace {
 
-// x is fp32 [rows, width], changed in place to x - mean(x), divided by the row's largest |x|. sums[r] is the sum of row r
-// before that, found[0] counts its numbers above 1 and found[1] the warps' rows that have some.
-int center_rows(float* x, float* sums, unsigned long long* found, int64_t rows, int64_t width, void* stream);
+// x is fp32 [rows, width]. Each row is changed in place to its normal form, last number first: (x - mean) / deviation.
+// largest[r] is the largest |x - mean| of row r. found[0] counts the numbers above 1 and found[1] the warps that saw any.
+int turn_rows(float* x, float* largest, unsigned long long* found, int64_t rows, int64_t width, void* stream);
 
 }  // namespace headrace

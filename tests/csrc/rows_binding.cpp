@@ -5,17 +5,17 @@
 namespace headrace {
 namespace {
 
-void center_rows_cuda(Tensor x, Tensor sums, Tensor found) {
-  const char* op = "headrace::center_rows";
-  check_cuda(center_rows(static_cast<float*>(x.mutable_data_ptr()), static_cast<float*>(sums.mutable_data_ptr()),
+void turn_rows_cuda(Tensor x, Tensor largest, Tensor found) {
+  const char* op = "headrace::turn_rows";
+  check_cuda(turn_rows(static_cast<float*>(x.mutable_data_ptr()), static_cast<float*>(largest.mutable_data_ptr()),
                          static_cast<unsigned long long*>(found.mutable_data_ptr()), x.size(0), x.size(1),
                          stream_of(x)),
              op);
 }
 
-HEADRACE_OPERATORS(library) { library.def("center_rows(Tensor(a!) x, Tensor(b!) sums, Tensor(c!) found) -> ()"); }
+HEADRACE_OPERATORS(library) { library.def("turn_rows(Tensor(a!) x, Tensor(b!) largest, Tensor(c!) found) -> ()"); }
 
-HEADRACE_CUDA_KERNELS(library) { library.impl("center_rows", TORCH_BOX(&center_rows_cuda)); }
+HEADRACE_CUDA_KERNELS(library) { library.impl("turn_rows", TORCH_BOX(&turn_rows_cuda)); }
 
 }  // namespace
 }  // namespace headrace

@@ -66,6 +66,7 @@ def generator() -> Any:
         "how-to/curriculum-by-bands.md",
         "how-to/gpu.md",
         "parallel.md",
+        "kernels.md",
     ],
 )
 def test_generated_pages_are_up_to_date(page: str) -> None:
