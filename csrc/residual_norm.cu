@@ -16,6 +16,14 @@ namespace {
 constexpr unsigned kMostThreads = 512;  // of a block that keeps its row: 128 registers each
 constexpr unsigned kRereadThreads = 512;
 
+// Most threads of a block whose threads keep `packs` of at most `most`. Small blocks, since all wait at each barrier.
+constexpr unsigned threads_for(int packs, int most) { return packs == most ? kMostThreads : 128 * packs; }
+
+// Most packs that a thread keeps. Backward needs four times as many registers for each number.
+constexpr int kForwardPacks = 4;
+template <int N>
+constexpr int kBackwardPacks = 16 / N;
+
 // The sums over a block of whole warps, handed to all its threads, in an order that depends on its size alone. What the
 // threads wrote to shared memory before can be read after it, and it may be called again at once.
 template <int kCount>
@@ -119,7 +127,7 @@ __device__ __forceinline__ Pack<T, N> norm_of(const float (&values)[N], const vo
 }
 
 template <typename T, int N, int kPacks, bool kLayerNorm>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(threads_for(kPacks, kForwardPacks))
     forward(const Pack<T, N>* __restrict__ x, const Pack<T, N>* __restrict__ residual, const void* __restrict__ weight,
             const void* __restrict__ bias, bool wide, Pack<T, N>* __restrict__ stream,
             Pack<T, N>* __restrict__ normalised, float* __restrict__ means, float* __restrict__ rstds,
@@ -230,7 +238,7 @@ __device__ __forceinline__ void through_norm(const Pack<T, N>& upstream, const P
 }
 
 template <typename T, int N, int kPacks, bool kLayerNorm>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(threads_for(kPacks, kBackwardPacks<N>))
     backward(const Pack<T, N>* __restrict__ grad_normalised, const Pack<T, N>* __restrict__ grad_stream,
              const Pack<T, N>* __restrict__ stream, const void* __restrict__ weight, bool wide,
              const float* __restrict__ means, const float* __restrict__ rstds, Pack<T, N>* __restrict__ grad,
@@ -373,17 +381,10 @@ struct Shape {
 Shape shape_of(int64_t packs, int most) {
   for (const int kept : {1, 2, 4}) {
     const int64_t threads = ((packs + kept - 1) / kept + kWarp - 1) / kWarp * kWarp;
-    const int64_t wanted = kept == most ? kMostThreads : 128 * kept;  // small blocks: fewer wait at each barrier
-    if (kept <= most && threads <= wanted) return {kept, static_cast<unsigned>(threads)};
+    if (kept <= most && threads <= threads_for(kept, most)) return {kept, static_cast<unsigned>(threads)};
   }
   return {0, kRereadThreads};
 }
-
-// Most packs that a thread keeps. Backward needs four times as many registers for each number.
-template <typename T>
-constexpr int kForwardPacks = 4;
-template <typename T>
-constexpr int kBackwardPacks = 16 / kPackSize<T>;
 
 template <typename T>
 bool wide_packs(const ResidualNormForward& call) {
@@ -451,29 +452,29 @@ void launch_sums(const ResidualNormBackward& call, void* stream) {
 int64_t residual_norm_groups_cuda(Dtype dtype, int64_t rows, int64_t width, int64_t multiprocessors) {
   const bool wide = dtype == Dtype::float32;
   const int64_t packs = width / (wide ? kPackSize<float> : kPackSize<__nv_bfloat16>);
-  const Shape shape = shape_of(packs, wide ? kBackwardPacks<float> : kBackwardPacks<__nv_bfloat16>);
+  const Shape shape = shape_of(packs, wide ? kBackwardPacks<kPackSize<float>> : kBackwardPacks<kPackSize<__nv_bfloat16>>);
   // A multiprocessor has registers for 512 threads that use 128 each; it is never left with less than one block.
   return std::min(rows, multiprocessors * std::max<int64_t>(1, kMostThreads / std::max(shape.threads, kWarp)));
 }
 
 int residual_norm_forward_cuda(const ResidualNormForward& call, void* stream) {
   if (call.dtype == Dtype::float32) {
-    call.layer_norm ? launch_kind<float, true, kForwardPacks<float>>(call, stream)
-                    : launch_kind<float, false, kForwardPacks<float>>(call, stream);
+    call.layer_norm ? launch_kind<float, true, kForwardPacks>(call, stream)
+                    : launch_kind<float, false, kForwardPacks>(call, stream);
   } else {
-    call.layer_norm ? launch_kind<__nv_bfloat16, true, kForwardPacks<__nv_bfloat16>>(call, stream)
-                    : launch_kind<__nv_bfloat16, false, kForwardPacks<__nv_bfloat16>>(call, stream);
+    call.layer_norm ? launch_kind<__nv_bfloat16, true, kForwardPacks>(call, stream)
+                    : launch_kind<__nv_bfloat16, false, kForwardPacks>(call, stream);
   }
   return HEADRACE_LAUNCH_STATUS();
 }
 
 int residual_norm_backward_cuda(const ResidualNormBackward& call, void* stream) {
   if (call.dtype == Dtype::float32) {
-    call.layer_norm ? launch_kind<float, true, kBackwardPacks<float>>(call, stream)
-                    : launch_kind<float, false, kBackwardPacks<float>>(call, stream);
+    call.layer_norm ? launch_kind<float, true, kBackwardPacks<kPackSize<float>>>(call, stream)
+                    : launch_kind<float, false, kBackwardPacks<kPackSize<float>>>(call, stream);
   } else {
-    call.layer_norm ? launch_kind<__nv_bfloat16, true, kBackwardPacks<__nv_bfloat16>>(call, stream)
-                    : launch_kind<__nv_bfloat16, false, kBackwardPacks<__nv_bfloat16>>(call, stream);
+    call.layer_norm ? launch_kind<__nv_bfloat16, true, kBackwardPacks<kPackSize<__nv_bfloat16>>>(call, stream)
+                    : launch_kind<__nv_bfloat16, false, kBackwardPacks<kPackSize<__nv_bfloat16>>>(call, stream);
   }
   if (const int error = HEADRACE_LAUNCH_STATUS()) return error;
   call.weight_dtype == Dtype::float32 ? launch_sums<float>(call, stream) : launch_sums<__nv_bfloat16>(call, stream);

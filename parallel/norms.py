@@ -4,7 +4,7 @@ megatron-core's own wrapper around torch's norms refuses sequence parallelism an
 missing is the mark on the weights that makes `finalize_model_grads` sum their gradients over the tensor-parallel group.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,7 +15,7 @@ from parallel.kernels import residual_norm
 class Norm:
     """Builds the norm that `config.normalization` names; `hidden_size` is the normalised last dimension."""
 
-    kinds: dict[str, type[torch.nn.Module]] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+    kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
 
     def __new__(  # type: ignore[misc]
         cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any
@@ -54,7 +54,7 @@ class FusedLayerNorm(torch.nn.LayerNorm):
 class FusedNorm(Norm):
     """Norm whose norms are the fused ones; their parameters have the same names."""
 
-    kinds = {"RMSNorm": FusedRMSNorm, "LayerNorm": FusedLayerNorm}
+    kinds: ClassVar[dict[str, type[torch.nn.Module]]] = {"RMSNorm": FusedRMSNorm, "LayerNorm": FusedLayerNorm}
 
 
 def _apply(

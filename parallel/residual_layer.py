@@ -4,13 +4,13 @@ In megatron-core's layer the addition and the norm are two operators with the re
 between, and autograd adds the stream's two gradients in a third. Here they are one, forward and backward
 (`parallel/kernels/residual_norm.py`):
 
-    megatron-core      n = input_norm(h);  h' = h + attention(n);    m = mlp_norm(h');  h'' = h' + mlp(m)
-    ResidualNormLayer  n given;            m, h' = mlp_norm.add(attention(n), h);       n'', h'' = next_norm.add(mlp(m), h')
+    megatron-core       n = input_norm(h);  h' = h + attention(n);  m = mlp_norm(h');  h'' = h' + mlp(m)
+    ResidualNormLayer   n given;  m, h' = mlp_norm.add(attention(n), h);  n'', h'' = next_norm.add(mlp(m), h')
 
 `next_norm` is the input norm of the layer that follows. A layer gives (h'', n''), which TransformerBlock hands to the
 next one as `hidden_states` and `context` (there is no cross-attention, whose `context` it would be). A layer with no
-`next_norm` adds as megatron-core does and gives no n''; one that is given no n computes it. So a layer's first output is
-what it always was, and parameters keep their names.
+`next_norm` adds as megatron-core does and gives no n''; one that is given no n computes it. So a layer's first output
+is what it always was, and parameters keep their names.
 
 `link` says which norm follows which layer, wherever a layer may use a neighbour's weights and n'' need not be kept.
 """
@@ -36,7 +36,7 @@ class ResidualNormLayer(TransformerLayer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert self.hidden_dropout == 0, "the fused addition has no dropout"
-        assert not (self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm), "norms are not recomputed"
+        assert not self.recompute_input_layernorm, "norms are not recomputed"
         # In a tuple, or the next layer's norm would become this one's parameters as well.
         self._next_norm: tuple[FusedRMSNorm | FusedLayerNorm, ...] = ()
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from kernel_cases.case import Call, Case, Forms, compiled
 
+from kernel_cases.case import Call, Case, Forms, compiled
 from parallel.kernels import residual_norm
 
 # (tokens of a micro-batch, width of the model): a 40M model's, a 1B model's and a 7B model's.
@@ -29,9 +29,7 @@ def cases() -> Iterator[Case]:
                     )
 
 
-def _forms(
-    part: str, layer_norm: bool, tokens: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Forms:
+def _forms(part: str, layer_norm: bool, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Forms:
     x, residual, *grads = (torch.randn(tokens, width, device=device, dtype=dtype) for _ in range(4))
     weights = [torch.randn(width, device=device, dtype=dtype) for _ in range(1 + layer_norm)]
 
@@ -56,4 +54,6 @@ def _ours(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _liger() -> Form:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-    return lambda x, residual, weight: LigerFusedAddRMSNormFunction.apply(x, residual, weight, 1e-5, 0.0, "llama", False)
+    return lambda x, residual, weight: LigerFusedAddRMSNormFunction.apply(
+        x, residual, weight, 1e-5, 0.0, "llama", False
+    )

@@ -14,6 +14,8 @@ run gives the same bits again. For the backward pass it keeps stream, weight and
 row. Mathematics and layout: `csrc/residual_norm.h`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 
 from parallel.kernels import extension
 from parallel.kernels.choice import Kernel
+from parallel.kernels.self_test import Trial
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the fused form takes, for activations and for weights, in every combination."""
@@ -93,17 +96,34 @@ def fused(
     return Normed(normalised, stream, square_sum)
 
 
-def _check(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None
-) -> None:
+def _tried_inputs() -> tuple[torch.Tensor, ...]:
+    x, residual = torch.randn(512, 1000, dtype=torch.float64), torch.randn(512, 1000, dtype=torch.float64)
+    return x + 1, residual, torch.rand(1000, dtype=torch.float64) + 0.5, torch.randn(1000, dtype=torch.float64)
+
+
+def _try(
+    form: Callable[..., tuple[torch.Tensor, ...]],
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """All four operators."""
+    rms, stream, *_ = form(x, residual, weight)
+    layer, *_ = form(x, residual, weight, bias)
+    return rms, stream, layer, form(x, None, weight)[0], form(x, None, weight, bias)[0]
+
+
+TRIAL = Trial(KERNEL, inputs=_tried_inputs, fused=partial(_try, fused), reference=partial(_try, reference))
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     named = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     for name, tensor in named.items():
         if tensor is None:
             continue
         if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"fused residual norm: {name} is {tensor.dtype}; it takes torch.float32 and torch.bfloat16"
-            )
+            raise TypeError(f"fused residual norm: {name} is {tensor.dtype}; it takes torch.float32 and torch.bfloat16")
         if not tensor.is_contiguous():
             raise ValueError(
                 f"fused residual norm: {name} of shape {list(tensor.shape)} has strides {list(tensor.stride())}; "

@@ -73,7 +73,11 @@ def check_against_float64(inputs: Inputs, grads: list[torch.Tensor]) -> None:
         tolerance = 4e-6 if found[name].dtype == torch.float32 else 2**-8
         scale = float(expected.abs().max()) if expected.numel() else 0.0
         torch.testing.assert_close(
-            found[name].double(), expected, rtol=tolerance, atol=tolerance * scale / 2, msg=lambda m, n=name: f"{n}: {m}"
+            found[name].double(),
+            expected,
+            rtol=tolerance,
+            atol=tolerance * scale / 2,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -154,7 +158,9 @@ def test_infinities_and_nan_go_where_torch_sends_them(residual: bool, layer_norm
 @built
 @dtypes
 @kinds
-def test_the_same_bits_with_any_number_of_threads_and_rows(residual: bool, layer_norm: bool, dtype: torch.dtype) -> None:
+def test_the_same_bits_with_any_number_of_threads_and_rows(
+    residual: bool, layer_norm: bool, dtype: torch.dtype
+) -> None:
     """Outputs and gradients of rows do not depend on their neighbours; sums over rows not on threads."""
     inputs, grads = random_inputs(4, (700, 331), dtype, None, residual, layer_norm)
     threads = torch.get_num_threads()

@@ -76,7 +76,7 @@ def test_every_layout_has_one_loss_curve(family: str, layout: Layout) -> None:
 @built
 @pytest.mark.parametrize("family", ["llama", "wonton"])
 def test_bf16_is_as_near_to_torch_as_torch_to_itself(family: str) -> None:
-    """Its losses are no further from fp32's than those of torch's operators, which two orders of summation tell apart."""
+    """Its losses are no further from fp32's than those of torch's operators, in two orders of summation."""
     exact = curve("torch", family, Layout(1), {})
 
     def off(form: str, micro_batch_size: int) -> float:
@@ -125,7 +125,9 @@ def measured(form: str, family: str) -> dict[str, float]:
     state.measured = True
     dynamics = train_step(state, tiny_batch(0), 1e-3).dynamics
     assert dynamics is not None
-    by_product = [layer.output_square_sum is not None for layer in state.chunks[0].decoder.layers] if form == "fused" else []
+    by_product = (
+        [layer.output_square_sum is not None for layer in state.chunks[0].decoder.layers] if form == "fused" else []
+    )
     assert by_product in ([], [True, True, True, False])
     process_groups.shutdown()
     found = dynamics["block_output_rms"]
