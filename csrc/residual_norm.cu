@@ -7,6 +7,7 @@
 #include "residual_norm.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "device.cuh"
 
@@ -39,6 +40,19 @@ __device__ __forceinline__ void block_sums(float (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sums[i] = warp_sum(lane < blockDim.x / kWarp ? warps[i][lane] : 0.0f);
   __syncthreads();  // all have read: the next call may write
+}
+
+// *from, by one load where it is 16 bytes: taken apart at once, a pack of bf16 became loads of 2 bytes each in loops.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> fetch(const Pack<T, N>* __restrict__ from) {
+  if constexpr (sizeof(Pack<T, N>) == sizeof(uint4)) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    Pack<T, N> pack;
+    memcpy(&pack, &bits, sizeof(pack));
+    return pack;
+  } else {
+    return *from;
+  }
 }
 
 // N weights from number `at` on, by 16 bytes at a time where N is more than 1. fp32 weights beside bf16 activations are
@@ -184,19 +198,19 @@ __global__ void __launch_bounds__(kRereadThreads)
   const Pack<T, N>* from = residual != nullptr ? stream : x;
   if (residual != nullptr) {  // read again only by the thread that writes it, so without a barrier
     for (unsigned at = threadIdx.x; at < packs; at += blockDim.x)
-      stream[row + at] = sum_of(x[row + at], residual[row + at]);
+      stream[row + at] = sum_of(fetch(x + row + at), fetch(residual + row + at));
   }
   float mean, rstd;
   const auto each = [&](const auto& f) {
     for (unsigned at = threadIdx.x; at < packs; at += blockDim.x) {
-      const Pack<T, N> pack = from[row + at];
+      const Pack<T, N> pack = fetch(from + row + at);
 #pragma unroll
       for (int j = 0; j < N; ++j) f(load(pack.values[j]));
     }
   };
   statistics<kLayerNorm>(each, static_cast<float>(packs) * N, eps, means, rstds, square_sums, mean, rstd);
   for (unsigned at = threadIdx.x; at < packs; at += blockDim.x) {
-    const Pack<T, N> pack = from[row + at];
+    const Pack<T, N> pack = fetch(from + row + at);
     float values[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) values[j] = load(pack.values[j]);
@@ -324,8 +338,8 @@ __global__ void __launch_bounds__(kRereadThreads)
         }
       }
       load_weights<N>(weight, wide, at * N, weights);
-      gather<T, N, kLayerNorm>(grad_normalised[begin + at], stream[begin + at], weights, mean, rstd, sums, grad_weight,
-                               grad_bias);
+      gather<T, N, kLayerNorm>(fetch(grad_normalised + begin + at), fetch(stream + begin + at), weights, mean, rstd,
+                               sums, grad_weight, grad_bias);
       store_sums<N>(weight_sum, grad_weight);
       if constexpr (kLayerNorm) store_sums<N>(bias_sum, grad_bias);
     }
@@ -334,11 +348,11 @@ __global__ void __launch_bounds__(kRereadThreads)
     for (unsigned at = threadIdx.x; at < packs; at += blockDim.x) {
       float weights[N], through[N];
       load_weights<N>(weight, wide, at * N, weights);
-      through_norm<T, N, kLayerNorm>(grad_normalised[begin + at], stream[begin + at], weights, mean, rstd, slope, level,
-                                     through);
+      through_norm<T, N, kLayerNorm>(fetch(grad_normalised + begin + at), fetch(stream + begin + at), weights, mean,
+                                     rstd, slope, level, through);
       Pack<T, N> out;
       if (grad_stream != nullptr) {
-        const Pack<T, N> direct = grad_stream[begin + at];
+        const Pack<T, N> direct = fetch(grad_stream + begin + at);
 #pragma unroll
         for (int i = 0; i < N; ++i) store(out.values[i], load(direct.values[i]) + through[i]);
       } else {
