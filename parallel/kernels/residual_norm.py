@@ -230,7 +230,7 @@ def _no_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
 
 def _register() -> None:
     """Tell torch the operators' shapes and gradients; their code is in the library already."""
-    forwards = {
+    forwards: dict[str, tuple[Callable[..., Any], _Gradients]] = {
         "rms_norm_forward": (_rms_forward_shapes, _Gradients(residual=False, layer_norm=False)),
         "residual_rms_norm_forward": (_residual_rms_forward_shapes, _Gradients(residual=True, layer_norm=False)),
         "layer_norm_forward": (_layer_forward_shapes, _Gradients(residual=False, layer_norm=True)),
@@ -239,10 +239,11 @@ def _register() -> None:
     for name, (shapes, gradients) in forwards.items():
         torch.library.register_fake(f"headrace::{name}", shapes)
         torch.library.register_autograd(f"headrace::{name}", gradients.backward, setup_context=gradients.save)
-    for name, shapes in {
+    backwards: dict[str, Callable[..., Any]] = {
         "rms_norm_backward": _rms_backward_shapes,
         "layer_norm_backward": _layer_backward_shapes,
-    }.items():
+    }
+    for name, shapes in backwards.items():
         torch.library.register_fake(f"headrace::{name}", shapes)
         torch.library.register_autograd(f"headrace::{name}", _no_second_derivative)
 
