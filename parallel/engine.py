@@ -77,6 +77,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 import megatron.core.dist_checkpointing.strategies.filesystem_async as _filesystem_async
 import megatron.core.optimizer as _optimizer
@@ -111,6 +112,7 @@ __all__ = [
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "TransformerLayer",
     "VocabParallelEmbedding",
     "all_to_all",
     "apply_factories",

@@ -15,7 +15,8 @@ from parallel.engine import (
     get_gpt_layer_local_spec,
     get_num_layers_to_build,
 )
-from parallel.norms import Norm
+from parallel.norms import FusedNorm, Norm
+from parallel.residual_layer import ResidualNormLayer
 from parallel.self_attention import FusedSelfAttention
 
 
@@ -61,8 +62,11 @@ class BalancedRouter(TopKRouter):  # type: ignore[misc]
         return scaled
 
 
-def block_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """The layers of this pipeline stage (and virtual stage `vp_stage`) as a `TransformerBlockSubmodules`."""
+def block_spec(config: Any, vp_stage: int | None = None, fused_norms: bool = False) -> Any:
+    """The layers of this pipeline stage (and virtual stage `vp_stage`) as a `TransformerBlockSubmodules`.
+
+    With `fused_norms` blocks add and normalise in one pass, see `parallel/residual_layer.py`.
+    """
     experts = config.num_moe_experts
     layer = copy.deepcopy(
         get_gpt_layer_local_spec(
@@ -70,7 +74,10 @@ def block_spec(config: Any, vp_stage: int | None = None) -> Any:
         )
     )
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    norm = FusedNorm if fused_norms else Norm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    if fused_norms:
+        layer.module = ResidualNormLayer
     for name in ("q_layernorm", "k_layernorm"):
         if getattr(attention, name) is not IdentityOp:
             setattr(attention, name, Norm)
@@ -85,7 +92,7 @@ def block_spec(config: Any, vp_stage: int | None = None) -> Any:
     attention.core_attention = PackedAttention
     if getattr(config, "fused_qk_norm_rope", False):
         parts.self_attention.module = FusedSelfAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
 
 
 def mark_experts(chunk: Any) -> None:

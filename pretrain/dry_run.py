@@ -160,7 +160,12 @@ def kernels_of(config: RunConfig) -> Kernels:
     """What the estimate takes for granted: a run in bf16 or fp16 is for a GPU, one in fp32 for a CPU."""
     gpu = config.train.precision != "fp32"
     gate = "swiglu" if activation(config.model) == "silu" else "geglu"
-    keys = {"fused_gate": gate, "fused_qk_norm_rope": "qk_norm_rope", "fused_head": "head"}
+    keys = {
+        "fused_gate": gate,
+        "fused_norms": "residual_norm",
+        "fused_qk_norm_rope": "qk_norm_rope",
+        "fused_head": "head",
+    }
     choices = {field: getattr(config.kernels, key) for field, key in keys.items()}
     if not gpu:
         from parallel.kernels.choice import choose, kernels

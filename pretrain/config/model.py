@@ -150,3 +150,7 @@ class KernelsConfig(StrictModel):
     built, and for `optimizer.kind: sgd`. A run may change it on resume."""
     grad_norm: Literal["auto", "torch", "fused"] = "auto"
     """The norm of all gradients; `fused` is refused where it is not built."""
+    residual_norm: Literal["auto", "torch", "fused"] = "auto"
+    """Norms of blocks with the residual additions before them, and the last norm; `fused` is refused where it is not
+    built, and with fp16. Between blocks addition and norm are one pass unless `train.recompute: full` or
+    `parallel.fully_sharded` keep the blocks apart."""

@@ -62,8 +62,10 @@ class Activations:
     @torch.no_grad()
     def _block(self, place: int, module: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
         if self._open:
-            hidden = output[0].detach()
-            self._totals.add("block_output", place, square_sum(hidden), hidden.numel())
+            hidden, squares = output[0].detach(), getattr(module, "output_square_sum", None)
+            # A fused norm behind the block has summed them already, row by row.
+            total = square_sum(hidden) if squares is None else squares.sum(dtype=torch.float64)
+            self._totals.add("block_output", place, total, hidden.numel())
 
     @torch.no_grad()
     def _attention(

@@ -6,7 +6,7 @@ import torch
 
 from headrace.errors import ConfigError
 from parallel import accelerator
-from parallel.kernels import bias_gelu, embedding, geglu, qk_norm_rope, swiglu
+from parallel.kernels import bias_gelu, embedding, geglu, qk_norm_rope, residual_norm, swiglu
 from parallel.kernels.choice import Choice, Kernel, choose
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.models.sizes import FAMILIES, activation
@@ -39,6 +39,11 @@ def activation_is_fused(config: ModelConfig, kernels: KernelsConfig, dtype: torc
 def embedding_is_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:
     """Whether the embedding's gradient is. Raises ConfigError for a kernel that cannot be had."""
     return _is_fused(embedding.KERNEL, kernels.embedding, dtype)
+
+
+def norms_are_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:
+    """Whether norms with the residual additions before them are. Raises ConfigError for a kernel that cannot be had."""
+    return _is_fused(residual_norm.KERNEL, kernels.residual_norm, dtype)
 
 
 def qk_norm_rope_is_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:

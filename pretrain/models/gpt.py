@@ -9,10 +9,16 @@ from parallel.activations import set_activation
 from parallel.embedding import use_sorted_gradient
 from parallel.engine import GPTModel, TransformerConfig, parallel_state
 from parallel.layout import Layout
+from parallel.residual_layer import link
 from parallel.spec import block_spec, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import LossInputs, vocab_parallel_cross_entropy
-from pretrain.models.fused import activation_is_fused, embedding_is_fused, qk_norm_rope_is_fused
+from pretrain.models.fused import (
+    activation_is_fused,
+    embedding_is_fused,
+    norms_are_fused,
+    qk_norm_rope_is_fused,
+)
 from pretrain.models.head import fuse_head, head_is_fused, summed_losses, token_losses
 from pretrain.models.initialize import initialize_weights
 from pretrain.models.multi_token import MultiTokenHeads
@@ -169,13 +175,15 @@ def build_model(
     weights depend on `seed` and their place in the model only, not on the layout.
     """
     megatron = transformer_config(config, layout, precision, recompute, kernels)
-    fused_head = head_is_fused(kernels or KernelsConfig(), DTYPES[precision], layout)
+    kernels = kernels or KernelsConfig()
+    fused_head = head_is_fused(kernels, DTYPES[precision], layout)
+    fused_norms = norms_are_fused(kernels, DTYPES[precision])
     chunks = []
     for stage in range(layout.model_chunks):
         vp_stage = stage if layout.virtual_pipeline_parallel_size else None
         chunk = LanguageModel(
             config=megatron,
-            transformer_layer_spec=block_spec(megatron, vp_stage),
+            transformer_layer_spec=block_spec(megatron, vp_stage, fused_norms),
             vocab_size=vocab_size,
             max_sequence_length=seq_len,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -192,9 +200,13 @@ def build_model(
             scale_logits(chunk.output_layer, config)
         chunk.multi_token_heads = None
         if config.mtp is not None and chunk.post_process:
-            chunk.multi_token_heads = MultiTokenHeads(megatron, config.mtp.depth, chunk.pg_collection, vp_stage)
-        if chunk.pre_process and embedding_is_fused(kernels or KernelsConfig(), DTYPES[precision]):
+            chunk.multi_token_heads = MultiTokenHeads(
+                megatron, config.mtp.depth, chunk.pg_collection, vp_stage, fused_norms
+            )
+        if chunk.pre_process and embedding_is_fused(kernels, DTYPES[precision]):
             use_sorted_gradient(chunk, layout.overlap_grad_reduce)
+        if fused_norms and not layout.fully_sharded:
+            link(chunk)
         mark_experts(chunk)
         chunks.append(chunk.to(accelerator.device()))
     initialize_weights(chunks, config, seed)

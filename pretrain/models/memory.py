@@ -56,6 +56,9 @@ class Kernels(NamedTuple):
     gpu: bool = True
     """Variable-length flash attention and fused RMSNorm; on a CPU attention keeps its output twice (each document's,
     and all together) and RMSNorm also x and x/rms in fp32."""
+    fused_norms: bool = False
+    """Blocks' norms and the last one keep a number or two for each token on a CPU too; those of queries and keys do as
+    `gpu` says."""
     fused_gate: bool = False
     """SwiGLU and GeGLU: keeps neither silu(gate) nor the activation's factors."""
     fused_qk_norm_rope: bool = False
@@ -210,8 +213,9 @@ def _block(model: ModelConfig, layout: Layout, itemsize: int, kernels: Kernels) 
     hidden = model.hidden_size // (tp if layout.sequence_parallel else 1)
     ffn = model.ffn_hidden_size // tp
     composite = family.normalization == "RMSNorm" and not kernels.gpu  # several operators, in fp32
+    composite_blocks = composite and not kernels.fused_norms
 
-    def norm(size: int) -> int:
+    def norm(size: int, composite: bool = composite) -> int:
         """Besides a copy of its input in the weights' type, which the composite norm keeps in fp32 only."""
         if composite:
             return size * (4 if itemsize == 4 else 8 - itemsize)
@@ -243,14 +247,14 @@ def _block(model: ModelConfig, layout: Layout, itemsize: int, kernels: Kernels) 
         mlp = itemsize * ffn * 2
     return _Block(
         input=itemsize * hidden,
-        norms=3 * itemsize * hidden + 2 * norm(hidden),
+        norms=3 * itemsize * hidden + 2 * norm(hidden, composite_blocks),
         qkv=qkv,
         attention_input=attention_input,
         attention=rotated + 4 * heads + (0 if kernels.gpu else itemsize * width),
         attention_output=itemsize * width,
         mlp=mlp,
-        final=2 * itemsize * hidden + norm(hidden),
-        shared=0 if composite and itemsize == 2 else itemsize * hidden,
+        final=2 * itemsize * hidden + norm(hidden, composite_blocks),
+        shared=0 if composite_blocks and itemsize == 2 else itemsize * hidden,
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from parallel.engine import MegatronModule, build_module
-from parallel.norms import Norm
+from parallel.norms import FusedNorm, Norm
 from parallel.spec import block_spec
 from pretrain.microbatch import MicroBatch
 
@@ -30,15 +30,18 @@ from pretrain.microbatch import MicroBatch
 class MultiTokenHeads(MegatronModule):  # type: ignore[misc]
     """The heads' layers and their norms; the output layer is the model's."""
 
-    def __init__(self, config: Any, depth: int, pg_collection: Any, vp_stage: int | None) -> None:
+    def __init__(
+        self, config: Any, depth: int, pg_collection: Any, vp_stage: int | None, fused_norms: bool = False
+    ) -> None:
         super().__init__(config=config)
-        spec = block_spec(config, vp_stage).layer_specs[0]
+        spec = block_spec(config, vp_stage, fused_norms).layer_specs[0]
+        norm = FusedNorm if fused_norms else Norm
         self.depth = depth
         # One by one, not in a ModuleList, which megatron's sharded checkpoints do not look into.
         for number in range(depth):
             layer = build_module(spec, config=config, layer_number=1, pg_collection=pg_collection, vp_stage=vp_stage)
             setattr(self, f"layer_{number}", layer)
-            setattr(self, f"norm_{number}", Norm(config, config.hidden_size, config.layernorm_epsilon))
+            setattr(self, f"norm_{number}", norm(config, config.hidden_size, config.layernorm_epsilon))
 
     def forward(self, hidden: torch.Tensor, documents: Any) -> list[torch.Tensor]:
         """`hidden` [tokens, 1, hidden_size], the trunk's last; each head's, of the same shape."""
