@@ -250,7 +250,8 @@ def _trial_inputs() -> tuple[torch.Tensor, ...]:
 
 def _tried(form: Callable[..., QueryKeyValue]) -> Callable[..., tuple[torch.Tensor, ...]]:
     def three(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return form(*inputs[:4], HeadNorm(*inputs[4:]))[:3]
+        query_weight, key_weight, query_bias, key_bias = inputs[4:]
+        return form(*inputs[:4], HeadNorm(query_weight, key_weight, query_bias, key_bias))[:3]
 
     return three
 
