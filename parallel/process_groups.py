@@ -180,6 +180,15 @@ def sum_over_replicas(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather_over_replicas(own: torch.Tensor) -> dict[int, int]:
+    """Each data- and context-parallel rank's int64 scalar `own`, by its rank among all processes."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    size = dist.get_world_size(group)
+    every = torch.empty(size, dtype=torch.int64, device=own.device)
+    dist.all_gather_into_tensor(every, own.reshape(1), group=group)
+    return {dist.get_global_rank(group, place): value for place, value in enumerate(every.tolist())}
+
+
 def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` summed in place over all processes."""
     dist.all_reduce(tensor)

@@ -15,6 +15,7 @@ FORBIDDEN = {
 ALLOWED = {
     "pretrain/loss.py": ("torch.distributed",),  # the vocabulary-parallel loss is a collective
     "pretrain/checkpoint.py": ("torch.distributed.checkpoint",),  # the file format, no processes
+    "pretrain/checkpoint_saving.py": ("torch.distributed.checkpoint",),
     "pretrain/convert/native.py": ("torch.distributed.checkpoint",),
 }
 

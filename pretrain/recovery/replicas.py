@@ -12,11 +12,9 @@ always changes it (an odd factor has an inverse modulo 2^64).
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 
 from headrace.errors import ExitCode, HeadraceError
-from parallel import accelerator
-from parallel.engine import parallel_state
+from parallel import accelerator, process_groups
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PIECE = 1 << 22
@@ -48,19 +46,13 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def check_replicas(tensors: Iterable[torch.Tensor], step: int, rank: int) -> None:
     """Raises ReplicasDiffer on every data-parallel rank when one's weights differ from the others'."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    size = dist.get_world_size(group)
-    if size == 1:
-        return
-    own = fingerprint(tensors).reshape(1)
-    every = torch.empty(size, dtype=torch.int64, device=own.device)
-    dist.all_gather_into_tensor(every, own, group=group)
-    values = every.tolist()
+    found = process_groups.gather_over_replicas(fingerprint(tensors))
+    values = list(found.values())
     common = max(values, key=values.count)
-    ranks = [dist.get_global_rank(group, place) for place, value in enumerate(values) if value != common]
+    ranks = [each for each, value in found.items() if value != common]
     if ranks:
         of = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         raise ReplicasDiffer(
-            f"after step {step} the weights of {of} are not those of the other {size - len(ranks)} replicas: memory or "
+            f"after step {step} the weights of {of} are not those of the other {len(values) - len(ranks)} replicas: memory or "
             "arithmetic of that machine is at fault; start again without it, from the last checkpoint"
         )
