@@ -52,7 +52,8 @@ def check_replicas(tensors: Iterable[torch.Tensor], step: int, rank: int) -> Non
     ranks = [each for each, value in found.items() if value != common]
     if ranks:
         of = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        others = len(values) - len(ranks)
         raise ReplicasDiffer(
-            f"after step {step} the weights of {of} are not those of the other {len(values) - len(ranks)} replicas: memory or "
-            "arithmetic of that machine is at fault; start again without it, from the last checkpoint"
+            f"after step {step} the weights of {of} are not those of the other {others} replicas: memory or arithmetic "
+            "of that machine is at fault; start again without it, from the last checkpoint"
         )
