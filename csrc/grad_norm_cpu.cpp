@@ -15,9 +15,9 @@
 namespace headrace {
 namespace {
 
-HEADRACE_FOR_EVERY_CPU
-double square_sum_float32(const void* numbers, int64_t begin, int64_t end) {
-  const float* from = static_cast<const float*>(numbers);
+template <typename T>
+HEADRACE_INLINE double square_sum(const void* numbers, int64_t begin, int64_t end) {
+  const T* from = static_cast<const T*>(numbers);
   double sum = 0.0;
   for (int64_t at = begin; at < end; at += kSquareBlock)
     sum += square_sum_of_block(from + at, std::min(kSquareBlock, end - at));
@@ -25,27 +25,24 @@ double square_sum_float32(const void* numbers, int64_t begin, int64_t end) {
 }
 
 HEADRACE_FOR_EVERY_CPU
+double square_sum_float32(const void* numbers, int64_t begin, int64_t end) {
+  return square_sum<float>(numbers, begin, end);
+}
+
+HEADRACE_FOR_EVERY_CPU
 double square_sum_bfloat16(const void* numbers, int64_t begin, int64_t end) {
-  const BFloat16* from = static_cast<const BFloat16*>(numbers);
-  float block[kSquareBlock];
-  double sum = 0.0;
-  for (int64_t at = begin; at < end; at += kSquareBlock) {
-    const int64_t count = std::min(kSquareBlock, end - at);
-    for (int64_t i = 0; i < count; ++i) block[i] = load(from[at + i]);
-    sum += square_sum_of_block(block, count);
-  }
-  return sum;
+  return square_sum<BFloat16>(numbers, begin, end);
 }
 
 }  // namespace
 
 void square_sums_cpu(Dtype gradient, const GradNormTensor* tensors, int64_t count, double* partial_sums, int64_t begin,
                      int64_t end) {
-  const auto square_sum = gradient == Dtype::float32 ? square_sum_float32 : square_sum_bfloat16;
+  const auto sum_of = gradient == Dtype::float32 ? square_sum_float32 : square_sum_bfloat16;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const GradNormTensor& tensor = tensors[row_of(tensors, count, chunk)];
     const int64_t at = (chunk - tensor.first_chunk) * kChunk;
-    partial_sums[chunk] = square_sum(tensor.gradient, at, std::min(at + kChunk, tensor.size));
+    partial_sums[chunk] = sum_of(tensor.gradient, at, std::min(at + kChunk, tensor.size));
   }
 }
 
