@@ -12,9 +12,12 @@ that dies takes its writer with it and nobody writes into a folder that somebody
 """
 
 import ctypes
+import gc
 import hashlib
 import multiprocessing
+import multiprocessing.process
 import os
+import pickle
 import queue
 import signal
 import time
@@ -103,7 +106,14 @@ class _Child:
         fork = multiprocessing.get_context("fork")
         self._receiver, sender = fork.Pipe(duplex=False)
         self._process = fork.Process(target=_answer, args=(sender, act, os.getpid()))
-        self._process.start()
+        # A collection in the child would end process groups whose threads only the parent has, and wait for ever.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self._process.start()
+        finally:
+            if collects:
+                gc.enable()
         sender.close()  # so that the end of the child is the end of what there is to receive
 
     @property
@@ -113,7 +123,7 @@ class _Child:
     def outcome(self) -> _Outcome:
         try:
             outcome: _Outcome = self._receiver.recv()
-        except EOFError:
+        except (EOFError, OSError, pickle.UnpicklingError):
             self._process.join()
             code = self._process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -123,7 +133,8 @@ class _Child:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.join()
+        # Python would wait for it at the end, and a process that waits for a dead disk cannot be killed.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
 
 
 def _answer(sender: Connection, act: Callable[[], _Outcome], parent: int) -> None:

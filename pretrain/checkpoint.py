@@ -12,9 +12,11 @@ another format holds weights only (`"weights_only": true` in meta.json, no optim
 training starts from it with a fresh optimizer and the first data.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,9 +120,9 @@ class Checkpoints:
 
     def _prepare(self, final: Path) -> Path:
         for leftover in self.folder.glob("*.partial"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # a writer that still lives may hold a file
         # A name of its own: should a writer of a run that was killed still live, it finds its folder gone.
-        partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
+        partial = final.with_name(f"{final.name}.{os.getpid()}-{time.time_ns():x}.partial")
         partial.mkdir(parents=True)
         return partial
 
@@ -132,7 +134,14 @@ class Checkpoints:
         sizes = {step: size_of(self.path(step)) for step in steps} if config.max_total_gb else {}
         for step in doomed(steps, config.keep_last, config.keep_every, config.max_total_gb, sizes):
             if step != saving.step:  # an older one may bear a higher number when a run was resumed before it
-                shutil.rmtree(self.path(step))
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Take the checkpoint's name first: none that is half removed must look whole. What cannot be removed stays."""
+        going = self.path(step).with_name(f"{self.path(step).name}.old.partial")
+        with contextlib.suppress(OSError):
+            self.path(step).rename(going)
+            shutil.rmtree(going, ignore_errors=True)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -146,5 +146,7 @@ def _reason(error: OSError, partial: Path) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, 200 characters at most."""
     if isinstance(error, CheckpointException):  # its text is a traceback for every rank; the cause is enough
+        if not error.failures:  # megatron tells the coordinator alone
+            return "another rank could not write"
         error = next(iter(error.failures.values()))[0]
     return next(iter(str(error).strip().splitlines()), "")[:200]

@@ -80,12 +80,14 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
 
 def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_groups.Ranks) -> ExitCode:
     """A run, and where a stage has another layout the rest of it anew from the checkpoint that was just saved."""
+    stop_asked = False
     while True:
         run = Run(config, layout, ranks)
+        run.stop_asked |= stop_asked
         code = run.go()
         if run.next_layout is None and not run.goes_back:
             return code
-        config, layout = run.config, run.next_layout or layout
+        config, layout, stop_asked = run.config, run.next_layout or layout, run.stop_asked
         del run  # the model of the old layout, and all that uses its groups
         gc.collect()
         ranks = process_groups.rearrange(layout, config.train.seed)
@@ -113,7 +115,7 @@ class Run:
         self.state.guard = new_guard(config.recovery, self.scheduler.journal, config.train.precision)
         self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
-        self._stop_asked = False
+        self.stop_asked = False
         self.saves = Saves(self.checkpoints, config.checkpoint, ranks, self._note)
         self.progress: Progress | None = None
         self.next_layout: Layout | None = None
@@ -141,7 +143,11 @@ class Run:
             self.progress = progress
             if not resumed:
                 self._evaluate(sinks, progress)
-            code = self._go_on(sinks, progress)
+            try:
+                code = self._go_on(sinks, progress)
+            except BaseException:
+                self.saves.abandon()
+                raise
         self.scheduler.close()
         if self.done.step == steps and not self.goes_back:
             self.scheduler.journal.append("run_finished", self.done.step, {"tokens": self.done.tokens}, "system")
@@ -195,7 +201,7 @@ class Run:
         told = False
         while True:
             stop, asked, writing = exchange.largest(
-                [float(self._stop_asked), float(self.live.is_asked), float(self.saves.is_writing)]
+                [float(self.stop_asked), float(self.live.is_asked), float(self.saves.is_writing)]
             )
             if not writing:
                 self.saves.finish(self.scheduler)
@@ -420,7 +426,7 @@ class Run:
         return self.config.metrics.progress and self.ranks.rank == 0
 
     def _ask_to_stop(self) -> None:
-        self._stop_asked = True
+        self.stop_asked = True
 
     def _tell(self, progress: Progress, text: str) -> None:
         if self.ranks.rank == 0:

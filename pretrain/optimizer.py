@@ -166,8 +166,10 @@ def update(
         parameter.grad = None  # such a parameter is passed over by the norm, by clipping and by the update
     if measurement is not None:
         measurement.before_update()
-    norm = torch.as_tensor(optimizer.get_grad_norm(), dtype=torch.float64, device=accelerator.device()).view(1)
-    total = float(norm)
+    own = torch.as_tensor(optimizer.get_grad_norm(), dtype=torch.float64, device=accelerator.device()).view(1)
+    # Replicas compute it each for itself, and must decide alike also when one computes wrongly.
+    norm = process_groups.largest_over_all(torch.nan_to_num(own, nan=math.inf, posinf=math.inf))
+    total = float(norm) if math.isfinite(float(own)) else float(own)
     allowed = allows is None or allows(total)
     if not allowed or not math.isfinite(total):
         if measurement is not None:

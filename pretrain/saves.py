@@ -52,6 +52,11 @@ class Saves:
         reach("checkpoint: journaled")
         self._tell(f"checkpoint at step {saving.step}: {path}")
 
+    def abandon(self) -> None:
+        """The run ends by an error: end the writing on this rank. Its folder stays without its name."""
+        if self._saving is not None:
+            self._saving.abandon()
+
     def newest(self) -> int:
         """Step of the newest complete checkpoint; 0 without one."""
         steps = exchange.from_first_rank(self._checkpoints.steps, self._ranks.rank)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from data_scheduler.journal import Journal
 from pretrain.config.recovery import RecoveryConfig
+from pretrain.data_parallel import gather_weights
 from pretrain.recovery.loss_guard import LossGuard
 from pretrain.recovery.replicas import check_replicas
 from pretrain.recovery.rollback import after_step
@@ -32,7 +33,9 @@ def check_health(
     goes_back = False
     if state.guard is not None:
         goes_back = after_step(state.guard, config.loss_guard.policy, step, newest, journal, tell)
-    if config.replicas_every and (step + 1) % config.replicas_every == 0:
+    due = config.replicas_every and (step + 1) % config.replicas_every == 0
+    if due and not state.layout.fully_sharded:  # where no rank holds what another does
+        gather_weights(state.wrapped)  # with overlap_param_gather they are on their way
         # Experts are spread over data-parallel ranks; megatron marks them so.
         weights = [p for chunk in state.chunks for p in chunk.parameters() if getattr(p, "allreduce", True)]
         check_replicas(weights, step, state.ranks.rank)

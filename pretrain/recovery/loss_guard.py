@@ -137,14 +137,16 @@ class LossGuard:
         """What to do about an anomaly under the policy `rollback`, the newest checkpoint being of step `to`; None when
         nothing more can be done."""
         step, most = anomaly.step, self._config.max_attempts
-        tried = [each for each in self._rollbacks if each.anomaly == step]
+        tried = [each for each in self._rollbacks if each.anomaly == step and each.to >= 0]
         # Two steps' worth of attempts without a new checkpoint: the trouble moves on with the run.
         if len(tried) > most or sum(each.to == to for each in self._rollbacks) >= 2 * (most + 1):
             return None
         if not tried:
             return Rollback(step, 1, None, "unknown", to)
         # Every further attempt leaves out one window more before the step.
-        first = max(0, step - self._config.quarantine * len(tried) + 1)
+        first = max(to, step - self._config.quarantine * len(tried) + 1)  # what was before `to` is in the weights
+        if tried[-1].passed_over == (first, step):
+            return None  # the same again would be no other
         return Rollback(step, len(tried) + 1, (first, step), "data or optimisation", to)
 
     def not_reproduced(self, step: int) -> Rollback | None:

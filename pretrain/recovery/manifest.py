@@ -8,6 +8,7 @@ Shards are summed up by the processes that wrote them; the few small files by ra
 before it is used: each rank a part of them. `checkpoint.verify: false` spares it.
 """
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from headrace.errors import CheckpointError
 from parallel.background_write import FileSum, file_sum
 
 NAME = "manifest.json"
+GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
+"""Errors that mean that a file is not there any more, and not that it cannot be reached."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -44,6 +47,10 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
         try:
             found = file_sum(folder / name)
         except OSError as error:
+            if error.errno not in GONE:
+                raise CheckpointError(
+                    f"{folder}: {name} cannot be read now: {error.strerror}; nothing was changed"
+                ) from None
             raise DamagedCheckpoint(f"{folder}: {name}: {error.strerror}") from None
         if found.size != wanted.size:
             raise DamagedCheckpoint(f"{folder}: {name} has {found.size} bytes, {wanted.size} were written")

@@ -17,7 +17,7 @@ def newest_whole(checkpoints: Checkpoints, ranks: Ranks, say: Callable[[str], No
     Damaged ones are set aside. Raises CheckpointError when there is none but damaged ones: to begin anew instead would
     lose the run.
     """
-    steps = exchange.from_first_rank(checkpoints.steps, ranks.rank)
+    steps = exchange.from_first_rank(partial(_steps, checkpoints), ranks.rank)
     for step in reversed(steps):
         folder = checkpoints.path(step)
         try:
@@ -32,3 +32,13 @@ def newest_whole(checkpoints: Checkpoints, ranks: Ranks, say: Callable[[str], No
         else:
             return folder
     return None
+
+
+def _steps(checkpoints: Checkpoints) -> list[int]:
+    steps = checkpoints.steps()
+    if not steps and any(each.name.removeprefix("step-").isdecimal() for each in checkpoints.folder.glob("step-*")):
+        raise CheckpointError(
+            f"{checkpoints.folder}: has checkpoints, but none with its meta.json; restore one from a copy, or move "
+            "them away to begin anew"
+        )
+    return steps

@@ -50,6 +50,11 @@ def check_replicas(tensors: Iterable[torch.Tensor], step: int, rank: int) -> Non
     values = list(found.values())
     common = max(values, key=values.count)
     ranks = [each for each, value in found.items() if value != common]
+    if ranks and 2 * values.count(common) <= len(values):
+        raise ReplicasDiffer(
+            f"after step {step} ranks {', '.join(map(str, found))} hold different weights, and it cannot be told which "
+            "are right: memory or arithmetic of a machine is at fault; find it, then start from the last checkpoint"
+        )
     if ranks:
         of = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         others = len(values) - len(ranks)

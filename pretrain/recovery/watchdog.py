@@ -98,6 +98,11 @@ class Watchdog:
                 return
 
     def _write(self, quiet: float) -> None:
+        os.write(  # before the report, which may have to go to the file system that is the trouble
+            2,
+            f"headrace: rank {self._rank}: no progress for {quiet:.0f} s since: {self._doing}; what it was doing is in "
+            f"{self.report}\n".encode(),
+        )
         with contextlib.suppress(OSError), open(self.report, "w", encoding="utf-8") as file:
             print(
                 f"rank {self._rank}, process {os.getpid()}: no progress for {quiet:.0f} s since: {self._doing}",
@@ -108,11 +113,6 @@ class Watchdog:
             print(f"\nlast collectives:\n{_told(_collectives)}", file=file)
             print("\nstacks:", file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
-        os.write(
-            2,
-            f"headrace: rank {self._rank}: no progress for {quiet:.0f} s since: {self._doing}; what it was doing is in "
-            f"{self.report}\n".encode(),
-        )
 
 
 def _told(tell: Callable[[], str]) -> str:
