@@ -21,6 +21,7 @@ from pretrain.config import RunConfig
 from pretrain.dynamics import Dynamics, Measurement, NoiseScale
 from pretrain.loss import FIXED_POINT, LossInputs, loss_function, loss_with_heads, summed_by_the_model
 from pretrain.microbatch import MicroBatch
+from pretrain.models.fused import check_same_everywhere
 from pretrain.models.gpt import DTYPES, LanguageModel, build_model
 from pretrain.models.multi_token import AheadLabels, labels_ahead
 from pretrain.models.sizes import head_size
@@ -100,6 +101,7 @@ def build_state(
     config: RunConfig, layout: Layout, ranks: Ranks, vocab_size: int, num_sources: int | None = None
 ) -> TrainState:
     """A fresh model and optimizer on this process; process groups must be initialised."""
+    check_same_everywhere(config.kernels)
     train = config.train
     chunks = build_model(
         config.model,

@@ -22,6 +22,11 @@ def problem() -> str:
     return ""
 
 
+def has(*operators: str) -> bool:
+    """Whether the library is there and knows all of `operators`; one that was built earlier may not."""
+    return not problem() and all(torch._C._dispatch_has_kernel(f"headrace::{each}") for each in operators)
+
+
 def problem_on(operator: str, device: str) -> str:
     """Why `torch.ops.headrace.<operator>` cannot run on `device` ("cpu" or "cuda"); "" when it can."""
     if problem():

@@ -226,5 +226,5 @@ def _register() -> None:
     torch.library.register_fake("headrace::head_statistics", _statistics_shape)
 
 
-if not extension.problem():
+if extension.has(*KERNEL.operators):
     _register()

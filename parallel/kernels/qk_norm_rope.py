@@ -265,5 +265,5 @@ def _register() -> None:
     torch.library.register_fake("headrace::qk_norm_rope_backward", _backward_shape)
 
 
-if not extension.problem_on("qk_norm_rope_forward", "cpu"):
+if extension.has(*KERNEL.operators):
     _register()

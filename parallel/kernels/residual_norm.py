@@ -248,5 +248,5 @@ def _register() -> None:
         torch.library.register_autograd(f"headrace::{name}", _no_second_derivative)
 
 
-if not extension.problem():
+if extension.has(*KERNEL.operators):
     _register()

@@ -91,5 +91,5 @@ def _register() -> None:
     torch.library.register_autograd("headrace::swiglu_backward", _no_second_derivative)
 
 
-if not extension.problem():
+if extension.has(*KERNEL.operators):
     _register()

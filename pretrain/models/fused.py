@@ -5,9 +5,10 @@ from typing import Literal
 import torch
 
 from headrace.errors import ConfigError
-from parallel import accelerator
+from parallel import accelerator, process_groups
 from parallel.kernels import bias_gelu, embedding, geglu, qk_norm_rope, residual_norm, swiglu
 from parallel.kernels.choice import Choice, Kernel, choose
+from parallel.kernels.choice import kernels as known_kernels
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.models.sizes import FAMILIES, activation
 
@@ -49,6 +50,17 @@ def norms_are_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:
 def qk_norm_rope_is_fused(kernels: KernelsConfig, dtype: torch.dtype) -> bool:
     """Whether norm and rotary embedding of queries and keys are. Raises ConfigError for a kernel that cannot be had."""
     return _is_fused(qk_norm_rope.KERNEL, kernels.qk_norm_rope, dtype)
+
+
+def check_same_everywhere(kernels: KernelsConfig) -> None:
+    """Raise ConfigError when processes would compute with other kernels than their peers, as where a node's library is
+    missing or older: their collectives would not meet. Every process calls this."""
+    device = accelerator.device().type
+    own = {name: choose(kernel, getattr(kernels, name), device)[0] for name, kernel in known_kernels().items()}
+    everyone = process_groups.gather_objects(own)
+    differ = [name for name in own if len({each[name] for each in everyone}) > 1]
+    if differ:
+        raise ConfigError(f"kernels.{differ[0]}: built on some nodes only; build it on all, or set it to torch")
 
 
 def _described(config: ModelConfig) -> str:

@@ -10,7 +10,7 @@ from headrace.validation import validated
 from parallel.layout import Layout, validate
 from parallel.process_groups import Ranks
 from pretrain import checkpoint
-from pretrain.config import ModelConfig, RunConfig
+from pretrain.config import KernelsConfig, ModelConfig, RunConfig
 from pretrain.models.gpt import build_model
 from pretrain.models.sizes import layout_shape
 from pretrain.stages import first_settings
@@ -38,8 +38,17 @@ def load_reference(config: RunConfig, layout: Layout, ranks: Ranks, encoder: Enc
     own = config.model_copy(update={"model": model, "train": train})
     layout = replace(layout, fully_sharded=False)  # without optimizer state each rank holds its model-parallel part
     validate(layout, layout_shape(own, vocab_size))
+    # What is asked of the run's kernels is asked of its own model; this one may be of another family or precision.
+    kernels = {key: "auto" if value == "fused" else value for key, value in config.kernels.model_dump().items()}
     chunks = build_model(
-        model, layout, config.data.seq_len, vocab_size, precision, "none", config.train.seed, config.kernels
+        model,
+        layout,
+        config.data.seq_len,
+        vocab_size,
+        precision,
+        "none",
+        config.train.seed,
+        KernelsConfig.model_validate(kernels),
     )
     for chunk in chunks:
         chunk.requires_grad_(False)

@@ -154,7 +154,7 @@ def test_a_run_may_change_the_kernels_when_it_resumes(precision: str, tmp_path: 
         for step in range(2):
             train_step(state, tiny_batch(step), 1e-3)
         data_state = State.fresh(8, ["code", "prose"]).to_dict(0, 1)
-        checkpoint.Checkpoints(tmp_path / form).save(state, data_state, checkpoint.Progress(2, 0), keep_last=0)
+        checkpoint.Checkpoints(tmp_path / form).save(state, data_state, checkpoint.Progress(2, 0))
         return curve([train_step(state, tiny_batch(step), 1e-3) for step in (2, 3)])
 
     def second(form: str, layout: Layout) -> Curve:

@@ -76,7 +76,7 @@ def test_a_checkpoint_of_the_other_form_gives_each_its_own(sharded: bool, precis
         train_step(state, tiny_batch(step), 1e-2)
     expected = kept(state)
     data_state = State.fresh(BATCH, ["code", "prose"]).to_dict(0, 1)
-    path = checkpoint.Checkpoints(tmp_path).save(state, data_state, checkpoint.Progress(2, 0), keep_last=0)
+    path = checkpoint.Checkpoints(tmp_path).save(state, data_state, checkpoint.Progress(2, 0))
     process_groups.shutdown()
     state = tiny_state(config, Layout(1, distributed_optimizer=not sharded))
     checkpoint.load(path, state)
