@@ -9,7 +9,7 @@ import pytest
 
 from parallel import process_groups
 from parallel.layout import Layout
-from pretrain.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig, validate_config
+from pretrain.config import KernelsConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, validate_config
 from pretrain.microbatch import MicroBatch, split_batch
 from pretrain.step import StepResult, TrainState, build_state, train_step
 
@@ -49,6 +49,11 @@ def tiny_config(family: str = "llama", **changes: Any) -> RunConfig:
         section = next(name for name, fields in sections_of.items() if key in fields.model_fields)
         sections[section][key] = value
     return validate_config({"run": {"dir": "unused"}, "data": data, **sections}, "tiny")
+
+
+def with_kernels(config: RunConfig, **kernels: str) -> RunConfig:
+    """`config` with other entries under `kernels:`."""
+    return config.model_copy(update={"kernels": KernelsConfig.model_validate(config.kernels.model_dump() | kernels)})
 
 
 def tiny_batch(

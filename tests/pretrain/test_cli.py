@@ -153,7 +153,7 @@ def test_an_empty_source_is_one_line(headrace: Headrace, config: Path, tmp_path:
         (["data", "sample", "--out", "FILE"], ("FILE", "Not a directory")),
         (["data", "sample", "--out", "FILE/deeper"], ("FILE/deeper", "Not a directory")),
         (["train", "FILE/x.yaml"], ("FILE/x.yaml", "Not a directory")),
-        (["launch", "local", "CONFIG", "--max-restarts", "-1"], ("--max-restarts: at least 0, got -1",)),
+        (["launch", "local", "CONFIG", "--max-failures", "-1"], ("--max-failures",)),
         (["train", "CONFIG", "run.dir=FILE"], ("FILE", "Not a directory")),
     ],
 )

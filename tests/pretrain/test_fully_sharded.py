@@ -190,7 +190,7 @@ def save(run_dir: Path, config: RunConfig, layout: Layout, steps: int, at: Path 
     first = checkpoint.load(at, state)[0].step if at else 0
     curve = [step_once(state, step) for step in range(first, first + steps)]
     data_state = State.fresh(BATCH, ["code", "prose"]).to_dict(0, 1)
-    Checkpoints(run_dir).save(state, data_state, Progress(first + steps, (first + steps) * BATCH * SEQ_LEN), 0)
+    Checkpoints(run_dir).save(state, data_state, Progress(first + steps, (first + steps) * BATCH * SEQ_LEN))
     if layout.world_size == 1:
         process_groups.shutdown()
     return curve
