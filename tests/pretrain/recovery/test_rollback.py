@@ -84,7 +84,7 @@ def test_what_comes_back_is_data_and_its_window_is_left_out(
     run = config("always")
     code, log = trained(run, lambda step: step == BAD)
     assert code == 0, log
-    assert [(each["to"], each["passed_over"]) for each in rollbacks(run)] == [(18, None), (18, [17, 18])]
+    assert [(each["to"], each["passed_over"]) for each in rollbacks(run)] == [(18, None), (18, [18, 18])]
     assert rollbacks(run)[1]["cause"] == "data or optimisation"
     records, expected = ([each for each in every if "loss" in each] for every in (curve(run), whole))
     assert [each["step"] for each in records] == list(range(STEPS))
