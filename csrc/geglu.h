@@ -19,7 +19,7 @@ void geglu_backward_cpu(Dtype, bool tanh, const void* grad, const void* gate_up,
                         int64_t begin, int64_t end);
 
 // `stream` is a cudaStream_t. Asynchronous; they return the cudaError_t of the launch (0: none). The width is at most
-// kMaxCudaWidth (swiglu.h).
+// kMaxCudaWidth (gated_binding.h).
 int geglu_forward_cuda(Dtype, bool tanh, const void* gate_up, void* hidden, int64_t rows, int64_t width, void* stream);
 int geglu_backward_cuda(Dtype, bool tanh, const void* grad, const void* gate_up, void* grad_gate_up, int64_t rows,
                         int64_t width, void* stream);

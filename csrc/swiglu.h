@@ -17,10 +17,8 @@ void swiglu_forward_cpu(Dtype, const void* gate_up, void* hidden, int64_t width,
 void swiglu_backward_cpu(Dtype, const void* grad, const void* gate_up, void* grad_gate_up, int64_t width, int64_t begin,
                          int64_t end);
 
-// Widest row the CUDA launchers take: they count 16-byte packs of a launch in 32 bits.
-constexpr int64_t kMaxCudaWidth = int64_t{1} << 30;
-
-// `stream` is a cudaStream_t. Asynchronous; they return the cudaError_t of the launch (0: none).
+// `stream` is a cudaStream_t. Asynchronous; they return the cudaError_t of the launch (0: none). The width is at most
+// kMaxCudaWidth (gated_binding.h).
 int swiglu_forward_cuda(Dtype, const void* gate_up, void* hidden, int64_t rows, int64_t width, void* stream);
 int swiglu_backward_cuda(Dtype, const void* grad, const void* gate_up, void* grad_gate_up, int64_t rows, int64_t width,
                          void* stream);

@@ -33,7 +33,7 @@ WITHOUT = ("rows", TRACED, "swiglu")
 class Bug(NamedTuple):
     family: str
     right: str
-    """Text of the kernel, or of device.cuh."""
+    """Text of the kernel, or of its headers."""
     wrong: str
     found_by: str
     """What the verdict on the kernel says of it."""
@@ -74,13 +74,15 @@ BUGS = {
 
 
 def source(family: str, bug: Bug | None) -> str:
-    """The kernel's source with device.cuh pasted in, and with the bug."""
+    """The kernel's source with the headers of kernels pasted in, and with the bug."""
     folder = emulated.CSRC if family == "swiglu" else HERE
-    device = (emulated.CSRC / "device.cuh").read_text().replace("#pragma once\n", "")
-    text = (folder / f"{family}.cu").read_text().replace('#include "device.cuh"\n', device)
+    text = (folder / f"{family}.cu").read_text()
+    for header in ("gated.cuh", "device.cuh"):  # the first includes the second
+        pasted = (emulated.CSRC / header).read_text().replace("#pragma once\n", "")
+        text = text.replace(f'#include "{header}"\n', pasted)
     if bug is None:
         return text
-    assert bug.right in text, f"no longer in {family}.cu or device.cuh: {bug.right}"
+    assert bug.right in text, f"no longer in {family}.cu or its headers: {bug.right}"
     return text.replace(bug.right, bug.wrong)
 
 
