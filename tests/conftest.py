@@ -1,8 +1,11 @@
 """Being here puts `tests/` on the import path, so that tests can share `process_group.py` and `small_corpus.py`."""
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 from small_corpus import corpus, data_config
 
@@ -18,3 +21,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 _cache = tempfile.TemporaryDirectory(prefix="headrace-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name  # no test writes to the user's cache, nor reads what an earlier one left
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left_open() -> Iterator[None]:
+    """A test that fails, or is ended, inside a process group must not take down every later test of its worker."""
+    was_open = _in_a_process_group()
+    yield
+    if not was_open and _in_a_process_group():
+        from parallel import process_groups
+
+        process_groups.shutdown()
+
+
+def _in_a_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # most tests have no use for torch, which takes seconds to import
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
