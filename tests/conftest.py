@@ -35,5 +35,6 @@ def no_process_group_left_open() -> Iterator[None]:
 
 
 def _in_a_process_group() -> bool:
-    distributed = sys.modules.get("torch.distributed")  # most tests have no use for torch, which takes seconds to import
+    # Not imported here: most tests have no use for torch, which takes seconds to import.
+    distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
