@@ -77,6 +77,15 @@ def test_a_bad_node_is_avoided_by_the_next_job(
     assert hashes(run_dir) == uninterrupted
 
 
+def finishes_without(cluster, nodes: str, job: str, run_dir: Path) -> None:
+    """`nodes`, separated by commas, go down while the job runs."""
+    cluster.run("scontrol", "update", f"nodename={nodes}", "state=down", "reason=test")
+    try:
+        assert cluster.finished(job, run_dir / "log") == "COMPLETED"
+    finally:
+        cluster.run("scontrol", "update", f"nodename={nodes}", "state=resume")
+
+
 def test_lost_nodes_and_the_run_goes_on_with_fewer(
     cluster, site: Site, corpus: Path, tmp_path: Path, uninterrupted
 ) -> None:
@@ -90,11 +99,7 @@ def test_lost_nodes_and_the_run_goes_on_with_fewer(
     nodes = attempts(run_dir, "start")[0]["nodes"]
     assert len(nodes) == 3
     lost = ",".join(nodes[1:])
-    cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
-    try:
-        assert cluster.finished(job, run_dir / "log") == "COMPLETED"
-    finally:
-        cluster.run("scontrol", "update", f"nodename={lost}", "state=resume")
+    finishes_without(cluster, lost, job, run_dir)
     first, second = attempts(run_dir, "start")
     assert not set(second["nodes"]) & set(nodes[1:])
     assert (first["processes"], second["processes"]) == (3, 2)
@@ -114,11 +119,7 @@ def test_a_spare_takes_the_place_of_a_lost_node(
     (job,) = launch_slurm(config, [], request, site, dry_run=False).jobs
     cluster.until(lambda: len(hashes(run_dir)) > 14, "training", run_dir / "log", job)
     nodes = attempts(run_dir, "start")[0]["nodes"]
-    cluster.run("scontrol", "update", f"nodename={nodes[1]}", "state=down", "reason=test")
-    try:
-        assert cluster.finished(job, run_dir / "log") == "COMPLETED"
-    finally:
-        cluster.run("scontrol", "update", f"nodename={nodes[1]}", "state=resume")
+    finishes_without(cluster, nodes[1], job, run_dir)
     first, second = attempts(run_dir, "start")
     assert first["job"] == second["job"] == job
     assert first["nodes"][0] == second["nodes"][0]
