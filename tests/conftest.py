@@ -1,5 +1,6 @@
 """Being here puts `tests/` on the import path, so that tests can share `process_group.py` and `small_corpus.py`."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -32,6 +33,14 @@ def no_process_group_left_open() -> Iterator[None]:
         from parallel import process_groups
 
         process_groups.shutdown()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_kept_by_cycles() -> Iterator[None]:
+    """Models and process groups lie in cycles: of a worker's whole run, some 4 GB and 700 threads, which every fork of
+    `run_ranks` then has to copy."""
+    yield
+    gc.collect()
 
 
 def _in_a_process_group() -> bool:

@@ -30,8 +30,9 @@ VARIANTS: tuple[dict[str, Any], ...] = tuple(dict(zip(OPTIONS, row, strict=True)
 EVERY = bool(os.environ.get("HEADRACE_WHOLE_MATRIX"))
 """Every model under every layout and every checkpoint into every layout, as for the tables of docs/parallel.md (an hour
 of one core); by default a part of it that leaves nothing out: every layout, every option, every way to store."""
-HALVES = ((1, 3, 5, 6), (0, 2, 3, 4))
-"""Rows of VARIANTS in which every option has each of its values; layouts take one half or the other."""
+PAIRS = ((1, 3), (5, 6), (0, 4), (2, 3))
+"""Rows of VARIANTS, a gated model and one with biases each; layouts take them in turn. In any two pairs that follow
+each other every option has each of its values, but for one of the three kinds of recomputation."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ LAYOUTS: dict[str, Entry] = {
 
 def rows_of(name: str) -> tuple[int, ...]:
     """Which of VARIANTS a layout is tried with."""
-    return tuple(range(len(VARIANTS))) if EVERY else HALVES[list(LAYOUTS).index(name) % len(HALVES)]
+    return tuple(range(len(VARIANTS))) if EVERY else PAIRS[list(LAYOUTS).index(name) % len(PAIRS)]
 
 
 def variant_name(variant: dict[str, Any]) -> str:

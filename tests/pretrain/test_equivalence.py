@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from layout_matrix import HALVES, LAYOUTS, OPTIONS, VARIANTS, matrix_state, rows_of, steps_of, variant_name
+from layout_matrix import LAYOUTS, OPTIONS, PAIRS, VARIANTS, matrix_state, rows_of, steps_of, variant_name
 from process_group import run_ranks
 
 from parallel import process_groups
@@ -63,10 +63,13 @@ def test_every_layout_trains_as_one_process(name: str, record_property: Callable
         assert norm <= TOLERANCE, f"{name}, {model}: gradient norm"
 
 
-@pytest.mark.parametrize("rows", HALVES)
-def test_each_half_of_the_variants_has_every_value(rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("at", range(len(PAIRS)))
+def test_two_layouts_in_a_row_have_every_value_between_them(at: int) -> None:
+    rows = PAIRS[at] + PAIRS[(at + 1) % len(PAIRS)]
     for option in OPTIONS:
-        assert {VARIANTS[row][option] for row in rows} == {variant[option] for variant in VARIANTS}
+        every = {variant[option] for variant in VARIANTS}
+        assert len({VARIANTS[row][option] for row in rows}) >= min(2, len(every)), option
+    assert {VARIANTS[row]["recompute"] for pair in PAIRS for row in pair} == {v["recompute"] for v in VARIANTS}
 
 
 def test_the_variants_pair_every_two_options() -> None:
