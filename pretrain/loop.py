@@ -29,6 +29,7 @@ from pretrain.evaluate import HeldOut
 from pretrain.layouts import layout_from, layouts_ahead
 from pretrain.learning_rate import learning_rate
 from pretrain.metrics import Record, Sink, open_sinks
+from pretrain.metrics.vitals import Vitals, of_ranks
 from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
@@ -117,6 +118,7 @@ class Run:
         self.done = checkpoint.Progress(0, 0)
         self.stop_asked = False
         self.saves = Saves(self.checkpoints, config.checkpoint, ranks, self._note)
+        self.vitals = Vitals(self.run_dir, self.scheduler.journal) if ranks.rank == 0 else None
         self.progress: Progress | None = None
         self.next_layout: Layout | None = None
         """What the run goes on with when `go` has ended because a stage begins that has another layout."""
@@ -286,6 +288,11 @@ class Run:
             is_fp16=self.config.train.precision == "fp16",
         )
         record = step_record(result, at, losses, tokens, self.scheduler.names)
+        if self.vitals is not None:
+            record |= self.vitals.read(self.scheduler.names)
+        ranks_every = self.config.metrics.ranks_every
+        if ranks_every and batch.step % ranks_every == 0:
+            record |= of_ranks(batch.wait_s)
         for sink in sinks:
             sink.write(record)
         if self.ranks.rank == 0:
