@@ -1,4 +1,4 @@
-"""The process that delivers: `python -m pretrain.alerts.courier`, lines of JSON on its standard input.
+"""The process that delivers: `main`, with lines of JSON on its standard input.
 
     {"run": "wonton", "hooks": [...], "stall_s": 600, "repeat_s": 3600, ..., "log": "<run>/log/alerts.jsonl"}   first
     {"step": 12}                                                                  a beat: the run makes progress
@@ -166,7 +166,3 @@ def main() -> None:
         first += part
     config = json.loads(first)
     listen(0, Courier(config), config["stall_s"])
-
-
-if __name__ == "__main__":
-    main()

@@ -25,6 +25,8 @@ from pretrain.config.alerts import AlertsConfig, Hook
 from pretrain.metrics.registry import Record, is_evaluation
 
 log = logging.getLogger(__name__)
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from pretrain.alerts.courier import main; main()"
+"""From where this package is; in the trainer's folder and environment, which are those of a command hook too."""
 
 
 class Alerts:
@@ -44,11 +46,10 @@ class Alerts:
         }
         with (run_dir / "log" / "alerts.log").open("ab") as errors:
             self._courier = subprocess.Popen(
-                [sys.executable, "-m", "pretrain.alerts.courier"],
+                [sys.executable, "-c", _START, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 stdout=errors,
                 stderr=errors,
-                cwd=Path(__file__).parents[2],
                 start_new_session=True,  # Ctrl-C and a launcher's signals are for the trainer
             )
         assert self._courier.stdin is not None

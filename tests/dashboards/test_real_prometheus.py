@@ -11,6 +11,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import child_process
@@ -18,10 +21,12 @@ import pytest
 import yaml
 from small_run import maker
 from test_dashboards import ALERTS, NAMES, expressions
+from wandb_file import read_wandb_file
 
 from data_scheduler import DataConfig
 from headrace.errors import ExitCode
 from pretrain.loop import train
+from pretrain.metrics import read_records
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 PATIENCE_S = 180.0
@@ -40,35 +45,60 @@ def eventually(ask: Callable[[], Any], what: str) -> Any:
     raise AssertionError(f"waited in vain for {what}")
 
 
+@dataclass
+class Training:
+    """A run that trains until it is told to stop."""
+
+    folder: Path
+    pid: int
+    port: int
+    log: Path
+
+    def stop(self) -> int:
+        """What SLURM sends before the time limit; the exit code."""
+        pid, self.pid = self.pid, 0
+        os.kill(pid, signal.SIGUSR1)
+        return child_process.wait(pid)
+
+
 @pytest.fixture(scope="module")
-def run(data_config: Callable[..., DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The metrics port of a run that trains until it is told to stop, and then ends as it should."""
+def run(data_config: Callable[..., DataConfig], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    """A run with every tracker that is installed, and a hook."""
     root = tmp_path_factory.mktemp("scraped")
     metrics = {
         "progress": False,
         "prometheus": {"enabled": True, "port": 0},
+        "wandb": {"enabled": find_spec("wandb") is not None},
         "dynamics": {"every": 1},
         "ranks_every": 1,
     }
-    config = maker(data_config, root)("run", train__steps=10**6, metrics=metrics)
+    hook = {"kind": "command", "command": ["tee", "-a", str(root / "told")], "events": ["run_stopped", "run_failed"]}
+    make = maker(data_config, root)
+    config = make("run", train__steps=10**6, metrics=metrics, alerts={"hooks": [hook], "linger_s": PATIENCE_S})
     pid = child_process.start(lambda: train(config), root / "run.log")
     port = root / "run" / "log" / "prometheus.port"
-    eventually(port.exists, "the endpoint's port")
-    yield int(port.read_text())
-    os.kill(pid, signal.SIGTERM)
-    assert child_process.wait(pid) == ExitCode.RECOVERABLE, (root / "run.log").read_text()
+    try:
+        eventually(port.exists, "the endpoint's port")
+        training = Training(root / "run", pid, int(port.read_text()), root / "run.log")
+        yield training
+        pid = training.pid
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 @pytest.fixture(scope="module")
-def prometheus(run: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+def prometheus(run: Training, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Asks the HTTP interface of a Prometheus that scrapes `run`."""
     folder = tmp_path_factory.mktemp("prometheus")
+    target = {"targets": [f"127.0.0.1:{run.port}"]}
     (folder / "prometheus.yml").write_text(
         yaml.safe_dump(
             {
                 "global": {"scrape_interval": "200ms", "evaluation_interval": "200ms"},
                 "rule_files": [str(ALERTS)],
-                "scrape_configs": [{"job_name": "headrace", "static_configs": [{"targets": [f"127.0.0.1:{run}"]}]}],
+                "scrape_configs": [{"job_name": "headrace", "static_configs": [target]}],
             }
         )
     )
@@ -131,3 +161,16 @@ def test_the_alerts_are_evaluated_and_none_fires_on_a_run_that_is_well(prometheu
     # A machine of tests may well be short of disk, and its data loader busy; that is not the run's.
     firing = {rule["name"] for rule in found if rule["state"] == "firing"}
     assert firing <= {"HeadraceDiskFilling", "HeadraceDataWait"}
+
+
+def test_a_signal_leaves_trackers_whole_and_is_told(run: Training) -> None:
+    """Last: it ends the run."""
+    assert run.stop() == ExitCode.RECOVERABLE, run.log.read_text()
+    steps = {record["step"] for record in read_records(run.folder / "metrics.jsonl") if "loss" in record}
+    assert not (run.folder / "log" / "prometheus.port").exists()
+    if find_spec("wandb") is not None:
+        (file,) = (run.folder / "log" / "wandb").glob("offline-run-*/*.wandb")
+        _, history = read_wandb_file(file)
+        assert {line["step"] for line in history if "train/loss" in line} == steps
+    told = json.loads((run.folder.parent / "told").read_text())
+    assert (told["event"], told["run"], told["step"]) == ("run_stopped", "run", max(steps) + 1)
