@@ -34,27 +34,34 @@ class Alerts:
 
     def __init__(self, config: AlertsConfig, run_dir: Path, run_name: str, enabled: bool = True) -> None:
         self._linger_s = config.linger_s
-        self._pipe, self._courier = -1, None
+        self._pipe = -1
+        self._courier: subprocess.Popen[bytes] | None = None
         self.step = 0
         """Next step, as last told."""
         if not enabled or not config.hooks:
             return
-        (run_dir / "log").mkdir(parents=True, exist_ok=True)
         first = config.model_dump(mode="json") | {
             "run": run_name or run_dir.resolve().name,
             "log": str(run_dir.resolve() / "log" / "alerts.jsonl"),
         }
-        with (run_dir / "log" / "alerts.log").open("ab") as errors:
+        try:
+            self._start(run_dir / "log", json.dumps(first).encode() + b"\n")
+        except OSError as error:
+            log.warning("alerts: the process that sends them cannot start (%s); training goes on without", error)
+
+    def _start(self, folder: Path, first: bytes) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "alerts.log").open("ab") as errors:
             self._courier = subprocess.Popen(
                 [sys.executable, "-c", _START, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 stdout=errors,
                 stderr=errors,
+                bufsize=0,
                 start_new_session=True,  # Ctrl-C and a launcher's signals are for the trainer
             )
         assert self._courier.stdin is not None
-        self._courier.stdin.write(json.dumps(first).encode() + b"\n")
-        self._courier.stdin.flush()
+        self._courier.stdin.write(first)
         self._pipe = self._courier.stdin.fileno()
         os.set_blocking(self._pipe, False)
 

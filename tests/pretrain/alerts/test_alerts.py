@@ -213,17 +213,32 @@ def test_pauses_between_attempts_double(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_training_never_waits_for_a_courier_that_does_nothing(web: Web, tmp_path: Path) -> None:
     alerts = Alerts(config(webhook(web)), tmp_path, "demo")
-    assert alerts._courier is not None
-    os.kill(alerts._courier.pid, signal.SIGSTOP)
-    for step in range(20_000):  # a pipe takes 64 KB, some 4,000 beats; a write that waits would wait for ever
-        alerts.beat(step)
-    alerts.tell("rollback", "lost, and so be it")
-    os.kill(alerts._courier.pid, signal.SIGCONT)
-    eventually(lambda: alerts.tell("run_failed", "heard again") or "run_failed" in web.events)
-    os.kill(alerts._courier.pid, signal.SIGKILL)
-    alerts._courier.wait()
+    courier = alerts._courier
+    assert courier is not None
+    try:
+        os.kill(courier.pid, signal.SIGSTOP)
+        for step in range(20_000):  # a pipe takes 64 KB, some 4,000 beats; a write that waits would wait for ever
+            alerts.beat(step)
+        alerts.tell("rollback", "lost, and so be it")
+        os.kill(courier.pid, signal.SIGCONT)
+        eventually(lambda: alerts.tell("run_failed", "heard again") or "run_failed" in web.events)
+    finally:
+        courier.kill()
+    courier.wait()
     alerts.beat(1)  # nobody reads: no error, no SIGPIPE
     alerts.close()
+
+
+@pytest.mark.parametrize("python", ["/bin/false", "/no/such/python"])
+def test_a_courier_that_cannot_start_stops_no_training(web: Web, tmp_path: Path, monkeypatch, python: str) -> None:
+    monkeypatch.setattr("sys.executable", python)
+    alerts = Alerts(config(webhook(web)), tmp_path, "demo")
+    for step in range(5):
+        alerts.beat(step)
+        time.sleep(0.01)
+    alerts.failed(ValueError("x"))
+    alerts.close()
+    assert not web.got
 
 
 def test_slack_mail_and_programs(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
