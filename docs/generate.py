@@ -73,8 +73,9 @@ Values per layer come in measured steps only, every `metrics.dynamics.every`; la
 them `embedding`, `final_norm` and `output`. [Watch the model](how-to/watch-the-model.md) says what to look for.
 
 In wandb and TensorBoard, training values are called `train/<name>` (per source or layer `train/<name>/<source>`) and
-held-out losses `val/loss/<source>`. In Prometheus every value has the label `run`, values per source or layer also
-`source` or `layer`.
+held-out losses `val/loss/<source>`. In Prometheus every value has the label `run`, values per source, layer or rank
+also `source`, `layer` or `rank`. Values per rank come every `metrics.ranks_every` steps, in `metrics.jsonl` and
+Prometheus only; the others are of all ranks together. [Monitoring](monitoring.md) has dashboards and alerts.
 """
 
 
@@ -182,11 +183,12 @@ def metrics() -> str:
             f"per {metric.label}" if metric.label else "one value",
             metric.unit,
             metric.meaning,
+            f"`{metric.made_by}`",
             f"`{metric.exported}{'_total' if metric.kind in ('counter', 'sum') else ''}`" if metric.exported else "",
         )
         for metric in METRICS
     ]
-    return f"{METRIC_PAGE}\n{_table(('name', 'shape', 'unit', 'meaning', 'in Prometheus'), rows)}"
+    return f"{METRIC_PAGE}\n{_table(('name', 'shape', 'unit', 'meaning', 'measured by', 'in Prometheus'), rows)}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

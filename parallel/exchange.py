@@ -41,6 +41,17 @@ def largest(values: list[float]) -> list[float]:
     return result
 
 
+def gather_floats(own: list[float]) -> list[list[float]]:
+    """Every process's values, in rank order, float64; all must give as many."""
+    if dist.get_world_size() == 1:
+        return [own]
+    sent = torch.tensor(own, dtype=torch.float64, device=accelerator.device())
+    received = torch.empty(dist.get_world_size() * len(own), dtype=torch.float64, device=sent.device)
+    dist.all_gather_into_tensor(received, sent)
+    result: list[list[float]] = received.reshape(-1, len(own)).tolist()
+    return result
+
+
 def gather_arrays(own: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     """Every data-parallel rank's array, in rank order; all must be of one shape and type."""
     parts = gather_bytes_over_data_parallel(np.ascontiguousarray(own).tobytes())

@@ -9,6 +9,7 @@ import gc
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from headrace.errors import CheckpointError, ConfigError, ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint
+from pretrain.alerts.run import Alerts, alerting, usable_hooks
 from pretrain.config import RunConfig, dump_config
 from pretrain.control.desk import Stand
 from pretrain.control.live import Live, setting, with_live_sources
@@ -29,6 +31,8 @@ from pretrain.evaluate import HeldOut
 from pretrain.layouts import layout_from, layouts_ahead
 from pretrain.learning_rate import learning_rate
 from pretrain.metrics import Record, Sink, open_sinks
+from pretrain.metrics.sink import closing
+from pretrain.metrics.vitals import Vitals, of_ranks
 from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
@@ -58,7 +62,10 @@ def train(config: RunConfig) -> ExitCode:
     layout = layout_of(config, process_groups.environment_world_size())
     ranks = process_groups.initialize(layout, config.train.seed)
     try:
-        code = _through_all_layouts(config, layout, ranks)
+        hooks = exchange.from_first_rank(lambda: usable_hooks(config), ranks.rank)
+        with alerting(config, hooks, ranks.rank == 0) as alerts:
+            code = _through_all_layouts(config, layout, ranks, alerts)
+            alerts.ended(code)
     except RuntimeError as error:
         if accelerator.is_nondeterministic(error):
             raise ConfigError(f"train.deterministic: {str(error).partition('. ')[0]}; set it to false") from None
@@ -78,11 +85,11 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     return layouts_ahead(config, world_size, padded_vocab_size(config, 1))[0]
 
 
-def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_groups.Ranks) -> ExitCode:
+def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_groups.Ranks, alerts: Alerts) -> ExitCode:
     """A run, and where a stage has another layout the rest of it anew from the checkpoint that was just saved."""
     stop_asked = False
     while True:
-        run = Run(config, layout, ranks)
+        run = Run(config, layout, ranks, alerts)
         run.stop_asked |= stop_asked
         code = run.go()
         if run.next_layout is None and not run.goes_back:
@@ -96,8 +103,10 @@ def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_group
 class Run:
     """One process's part of a run."""
 
-    def __init__(self, config: RunConfig, layout: Layout, ranks: process_groups.Ranks) -> None:
-        self.config, self.layout, self.ranks = config, layout, ranks
+    def __init__(
+        self, config: RunConfig, layout: Layout, ranks: process_groups.Ranks, alerts: Alerts | None = None
+    ) -> None:
+        self.config, self.layout, self.ranks, self.alerts = config, layout, ranks, alerts
         self.run_dir = Path(config.run.dir)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir)
         self.rejects = Rejects(self.run_dir)
@@ -117,6 +126,7 @@ class Run:
         self.done = checkpoint.Progress(0, 0)
         self.stop_asked = False
         self.saves = Saves(self.checkpoints, config.checkpoint, ranks, self._note)
+        self.vitals = Vitals(self.run_dir, self.scheduler.journal) if ranks.rank == 0 else None
         self.progress: Progress | None = None
         self.next_layout: Layout | None = None
         """What the run goes on with when `go` has ended because a stage begins that has another layout."""
@@ -133,29 +143,30 @@ class Run:
             self._say(f"{self.run_dir} is at step {first}; train.steps={steps} is done. Raise it to go on.")
             return ExitCode.DONE
         exchange.only_first_rank(self._write_config, self.ranks.rank)
-        sinks = self._open_sinks()
+        with closing(self._open_sinks()) as sinks:
+            code = self._go_with(sinks, first, resumed)
+            self.scheduler.close()
+            if self.done.step == steps and not self.goes_back:
+                self.scheduler.journal.append("run_finished", self.done.step, {"tokens": self.done.tokens}, "system")
+        return code
+
+    def _go_with(self, sinks: Sequence[Sink], first: int, resumed: bool) -> ExitCode:
         with (
             self._watchdog() as self.watchdog,
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
             stopping_on_signals(self._ask_to_stop),
-            Progress(steps, first, self._shows_progress(), given=self._tokens_before) as progress,
+            Progress(self.config.train.steps, first, self._shows_progress(), given=self._tokens_before) as progress,
         ):
             self.progress = progress
             if not resumed:
                 self._evaluate(sinks, progress)
             try:
-                code = self._go_on(sinks, progress)
+                return self._go_on(sinks, progress)
             except BaseException:
                 self.saves.abandon()
                 raise
-        self.scheduler.close()
-        if self.done.step == steps and not self.goes_back:
-            self.scheduler.journal.append("run_finished", self.done.step, {"tokens": self.done.tokens}, "system")
-        for sink in sinks:
-            sink.close()
-        return code
 
-    def _go_on(self, sinks: list[Sink], progress: Progress) -> ExitCode:
+    def _go_on(self, sinks: Sequence[Sink], progress: Progress) -> ExitCode:
         """Step until the end, or until asked to stop."""
         steps, every = self.config.train.steps, self.config.checkpoint.every
         stop, halt = self._between_steps(progress), False
@@ -236,7 +247,7 @@ class Run:
         self.held_out = self._read_held_out()
         exchange.only_first_rank(self._write_config, self.ranks.rank)
 
-    def _step(self, sinks: list[Sink], progress: Progress) -> None:
+    def _step(self, sinks: Sequence[Sink], progress: Progress) -> None:
         """One step, and its record."""
         began = time.perf_counter()
         scale = setting(self.scheduler, "lr_scale", 1.0)
@@ -286,6 +297,11 @@ class Run:
             is_fp16=self.config.train.precision == "fp16",
         )
         record = step_record(result, at, losses, tokens, self.scheduler.names)
+        if self.vitals is not None:
+            record |= self.vitals.read(self.scheduler.names)
+        ranks_every = self.config.metrics.ranks_every
+        if ranks_every and batch.step % ranks_every == 0:
+            record |= of_ranks(batch.wait_s)
         for sink in sinks:
             sink.write(record)
         if self.ranks.rank == 0:
@@ -329,7 +345,7 @@ class Run:
             self._say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")
         return held_out
 
-    def _evaluate(self, sinks: list[Sink], progress: Progress) -> None:
+    def _evaluate(self, sinks: Sequence[Sink], progress: Progress) -> None:
         self.watchdog.beat(f"evaluation after {self.done.step} steps")
         losses = self.held_out.losses(self.state)
         if losses:
@@ -404,7 +420,8 @@ class Run:
     def _open_sinks(self) -> list[Sink]:
         if self.ranks.rank:
             return []
-        return open_sinks(self.config.metrics, self.run_dir, self.config.run.name, self.done.step)
+        sinks = open_sinks(self.config.metrics, self.run_dir, self.config.run.name, self.done.step)
+        return sinks if self.alerts is None else [*sinks, self.alerts.sink(self.scheduler.journal)]
 
     def _record_rejects(self, batch: Batch) -> None:
         """Write newly met rejects of all ranks to `rejects.jsonl` and count them in the journal."""

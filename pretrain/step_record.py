@@ -1,5 +1,6 @@
 """What `metrics.jsonl` says of a step; `pretrain.metrics.registry` tells what each value means."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ def step_record(
         "global_batch_size": at.stage.global_batch_size,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        "not_finite": int(not (math.isfinite(result.loss) and math.isfinite(result.grad_norm))),
         "lr": at.lr,
         "tokens_per_s": sum(tokens.values()) / at.took_s,
         "step_s": at.took_s,

@@ -10,6 +10,7 @@ from data_scheduler import DataConfig
 from pretrain.config import RunConfig, validate_config
 from pretrain.loop import train
 from pretrain.metrics import read_records
+from pretrain.metrics.registry import OF_MACHINE
 
 STEPS = 12
 Make = Callable[..., RunConfig]
@@ -53,9 +54,8 @@ def maker(data_config: Callable[..., DataConfig], root: Path, **usual: Any) -> M
 
 def curve(config: RunConfig) -> list[dict[str, Any]]:
     """The training records without what a clock shapes, and the evaluations."""
-    timed = {"tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes"}
     records = read_records(Path(config.run.dir) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
+    return [{key: value for key, value in record.items() if key not in OF_MACHINE} for record in records]
 
 
 def run_to_end(config: RunConfig) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from headrace.errors import ExitCode, HeadraceError
 from headrace.version import __version__
-from pretrain.cli import config, convert, ctl, data, doctor, mix, report, tokenizer, train
+from pretrain.cli import config, convert, ctl, data, doctor, metrics, mix, report, tokenizer, train
 
 app = typer.Typer(
     name="headrace",
@@ -32,6 +32,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(config.app, name="config")
 app.add_typer(convert.app, name="convert")
 app.add_typer(mix.app, name="mix")
+app.add_typer(metrics.app, name="metrics")
 for plugin in sorted(entry_points(group="headrace.commands"), key=lambda entry: entry.name):
     app.add_typer(plugin.load(), name=plugin.name)
 

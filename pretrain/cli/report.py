@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Where the plot goes; RUN/report.png when not given.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one HTML file too, with all plots in it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of a table.")] = False,
 ) -> None:
     """Summarise RUN, finished or not, and draw its losses."""
@@ -22,6 +25,10 @@ def report(
     picture = out or run / "report.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     plot(data, picture)
+    if page is not None:
+        from pretrain.report_html import write_html
+
+        write_html(data, page)
     if as_json:
         typer.echo(summary.to_json())
     else:

@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from data_scheduler.config import DataConfig, StrictModel
 from data_scheduler.objectives.config import sees_ahead
 from data_scheduler.stage_config import Stage, with_stages
+from pretrain.config.alerts import AlertsConfig
 from pretrain.config.learning_rate import LearningRateConfig, LearningRateSegment, check_schedule
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
@@ -62,6 +63,7 @@ class RunConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     metrics: MetricsConfig = MetricsConfig()
+    alerts: AlertsConfig = AlertsConfig()
     control: ControlConfig = ControlConfig()
 
     @model_validator(mode="after")

@@ -42,6 +42,9 @@ class MetricsConfig(StrictModel):
     progress: bool = True
     """Progress bar on a terminal, plain lines elsewhere."""
     dynamics: DynamicsConfig = DynamicsConfig()
+    ranks_every: NonNegative = 100
+    """Record each rank's data wait and memory every so many steps, from step 0 on; 0: never. `metrics.jsonl` and
+    Prometheus only."""
 
 
 class ControlConfig(StrictModel):

@@ -1,7 +1,7 @@
 """A Prometheus endpoint: `GET /metrics` on `metrics.prometheus.host:port` while the run lives.
 
-The newest record's values stand in a private registry, each with a label `run`; names are in `registry`. Besides them
-`headrace_last_step_timestamp_seconds` says when the last training record came, so that
+The newest record's values stand in a private registry, each with a label `run`, values of a source, layer or rank with
+that too; names are in `registry`. `headrace_last_step_timestamp_seconds` says when the last step ended, so that
 
     time() - headrace_last_step_timestamp_seconds > 300
 
@@ -13,7 +13,6 @@ import hmac
 import ipaddress
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,14 +103,12 @@ class _Values:
         self._run = run_name
         self._lock = threading.Lock()
         self._values: dict[str, dict[str, float]] = {}
-        self._last_step = 0.0
 
     def take(self, record: Record) -> None:
         with self._lock:
             if is_evaluation(record):
                 self._values["val_loss"] = dict(record["val_loss"])
                 return
-            self._last_step = time.time()
             for metric in METRICS:
                 value = record.get(metric.name)
                 if not metric.exported or value is None:
@@ -122,20 +119,11 @@ class _Values:
 
     def collect(self) -> Iterator[Any]:
         """Metric families for one scrape."""
-        from prometheus_client.core import GaugeMetricFamily
 
         with self._lock:
             for metric in METRICS:
                 if metric.name in self._values:
                     yield self._family(metric)
-            if self._last_step:
-                name, text = (
-                    "headrace_last_step_timestamp_seconds",
-                    "Unix time of the last training record",
-                )
-                family = GaugeMetricFamily(name, text, labels=["run"])
-                family.add_metric([self._run], self._last_step)
-                yield family
 
     def _family(self, metric: Metric) -> Any:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

@@ -32,7 +32,11 @@ class Metric:
     exported: str = ""
     """Name in Prometheus, without the `_total` that counters get; empty: not exported."""
     label: str = ""
-    """The value is a mapping from this to number: `source`, or `layer` (`"0"`, …, `"embedding"`, `"output"`)."""
+    """The value is a mapping from this to number: `source`, `layer` (`"0"`, …, `"embedding"`, `"output"`) or `rank`."""
+    made_by: str = "pretrain.step_record"
+    """Module that measures it."""
+    of_machine: bool = False
+    """Says something about this machine and this attempt, so that the same run has another value elsewhere."""
 
 
 METRICS: Final = (
@@ -66,10 +70,33 @@ METRICS: Final = (
         "headrace_loss_scale",
     ),
     Metric("lr", "gauge", "1", "learning rate of the step's update", "headrace_learning_rate"),
-    Metric("tokens_per_s", "gauge", "tokens/s", "global throughput of the step", "headrace_tokens_per_second"),
-    Metric("step_s", "gauge", "s", "time of the whole step, waiting for data included", "headrace_step_seconds"),
-    Metric("data_wait_s", "gauge", "s", "time the step waited for its batch", "headrace_data_wait_seconds"),
-    Metric("peak_memory_bytes", "gauge", "bytes", "largest device memory of a rank", "headrace_peak_memory_bytes"),
+    Metric(
+        "tokens_per_s",
+        "gauge",
+        "tokens/s",
+        "global throughput of the step",
+        "headrace_tokens_per_second",
+        of_machine=True,
+    ),
+    Metric(
+        "step_s",
+        "gauge",
+        "s",
+        "time of the whole step, waiting for data included",
+        "headrace_step_seconds",
+        of_machine=True,
+    ),
+    Metric(
+        "data_wait_s", "gauge", "s", "time the step waited for its batch", "headrace_data_wait_seconds", of_machine=True
+    ),
+    Metric(
+        "peak_memory_bytes",
+        "gauge",
+        "bytes",
+        "largest device memory of a rank",
+        "headrace_peak_memory_bytes",
+        of_machine=True,
+    ),
     Metric("batch_sha256", "text", "", "SHA-256 of the step's global batch, the same for every layout"),
     Metric("source_loss", "gauge", "nats/token", "mean loss of each source", "headrace_source_loss", "source"),
     Metric("source_tokens", "sum", "tokens", "the step's target tokens by source", "headrace_source_tokens", "source"),
@@ -80,6 +107,7 @@ METRICS: Final = (
         "with `train.selection`: those of `source_tokens` whose loss was minimised",
         "headrace_trained_tokens",
         "source",
+        made_by="pretrain.selection",
     ),
     Metric(
         "batch_documents",
@@ -88,6 +116,7 @@ METRICS: Final = (
         "with `train.selection`: documents of the step's batch, one that is cut once a sequence",
         "headrace_batch_documents",
         "source",
+        made_by="pretrain.selection",
     ),
     Metric(
         "trained_documents",
@@ -96,6 +125,7 @@ METRICS: Final = (
         "with `train.selection`: those of `batch_documents` that were trained on",
         "headrace_trained_documents",
         "source",
+        made_by="pretrain.selection",
     ),
     Metric(
         "max_attention_logit",
@@ -104,11 +134,34 @@ METRICS: Final = (
         "largest q·k/√d of the block's attention, over all heads and every pair of tokens that attend",
         "headrace_max_attention_logit",
         "layer",
+        made_by="pretrain.dynamics",
     ),
-    Metric("query_norm", "gauge", "1", "mean length of a head's query vector", "headrace_query_norm", "layer"),
-    Metric("key_norm", "gauge", "1", "mean length of a head's key vector", "headrace_key_norm", "layer"),
     Metric(
-        "block_output_rms", "gauge", "1", "RMS of the residual stream after it", "headrace_block_output_rms", "layer"
+        "query_norm",
+        "gauge",
+        "1",
+        "mean length of a head's query vector",
+        "headrace_query_norm",
+        "layer",
+        made_by="pretrain.dynamics",
+    ),
+    Metric(
+        "key_norm",
+        "gauge",
+        "1",
+        "mean length of a head's key vector",
+        "headrace_key_norm",
+        "layer",
+        made_by="pretrain.dynamics",
+    ),
+    Metric(
+        "block_output_rms",
+        "gauge",
+        "1",
+        "RMS of the residual stream after it",
+        "headrace_block_output_rms",
+        "layer",
+        made_by="pretrain.dynamics",
     ),
     Metric(
         "output_logit_mean",
@@ -116,6 +169,7 @@ METRICS: Final = (
         "1",
         "mean of the output logits, over all tokens and the whole (padded) vocabulary",
         "headrace_output_logit_mean",
+        made_by="pretrain.dynamics",
     ),
     Metric(
         "mlp_gradient_rms",
@@ -124,16 +178,42 @@ METRICS: Final = (
         "RMS of the gradient of the weight of the MLP's first layer, before clipping",
         "headrace_mlp_gradient_rms",
         "layer",
+        made_by="pretrain.dynamics",
     ),
-    Metric("weight_rms", "gauge", "1", "RMS of the weights before the update", "headrace_weight_rms", "layer"),
-    Metric("gradient_rms", "gauge", "1", "RMS of the gradient before clipping", "headrace_gradient_rms", "layer"),
-    Metric("update_rms", "gauge", "1", "RMS of what the update adds to the weights", "headrace_update_rms", "layer"),
+    Metric(
+        "weight_rms",
+        "gauge",
+        "1",
+        "RMS of the weights before the update",
+        "headrace_weight_rms",
+        "layer",
+        made_by="pretrain.dynamics",
+    ),
+    Metric(
+        "gradient_rms",
+        "gauge",
+        "1",
+        "RMS of the gradient before clipping",
+        "headrace_gradient_rms",
+        "layer",
+        made_by="pretrain.dynamics",
+    ),
+    Metric(
+        "update_rms",
+        "gauge",
+        "1",
+        "RMS of what the update adds to the weights",
+        "headrace_update_rms",
+        "layer",
+        made_by="pretrain.dynamics",
+    ),
     Metric(
         "gradient_variance",
         "gauge",
         "1",
         "estimate of tr Σ, the noise in one token's gradient, of the blocks' matrices",
         "headrace_gradient_variance",
+        made_by="pretrain.dynamics",
     ),
     Metric(
         "gradient_signal",
@@ -141,6 +221,7 @@ METRICS: Final = (
         "1",
         "estimate of the squared norm of the true gradient, of the same; may be below 0",
         "headrace_gradient_signal",
+        made_by="pretrain.dynamics",
     ),
     Metric(
         "noise_scale",
@@ -148,11 +229,123 @@ METRICS: Final = (
         "tokens",
         "gradient-noise scale: the ratio of moving averages of the two",
         "headrace_noise_scale",
+        made_by="pretrain.dynamics",
     ),
     Metric(
-        "val_loss", "gauge", "nats/token", "mean loss on each source's held-out text", "headrace_val_loss", "source"
+        "not_finite",
+        "sum",
+        "steps",
+        "1 when the step's loss or gradient norm is NaN or infinite, else 0",
+        "headrace_not_finite_steps",
+    ),
+    Metric(
+        "time",
+        "gauge",
+        "s",
+        "Unix time at the end of the step",
+        "headrace_last_step_timestamp_seconds",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "checkpoint_age_s",
+        "gauge",
+        "s",
+        "time since the newest checkpoint was complete; before the first one since the run began",
+        "headrace_checkpoint_age_seconds",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "disk_free_bytes",
+        "gauge",
+        "bytes",
+        "free space where the run folder is",
+        "headrace_disk_free_bytes",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "rejects",
+        "counter",
+        "records",
+        "records of each source left out so far",
+        "headrace_rejects",
+        "source",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "restarts",
+        "counter",
+        "restarts",
+        "times the run went on from a checkpoint so far: after a restart, a rollback or a change of layout",
+        "headrace_restarts",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "anomalies",
+        "counter",
+        "anomalies",
+        "anomalies the loss guard has found so far",
+        "headrace_anomalies",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "rollbacks",
+        "counter",
+        "rollbacks",
+        "times the run went back to a checkpoint so far",
+        "headrace_rollbacks",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "rank_data_wait_s",
+        "gauge",
+        "s",
+        "time each rank waited for its part of the batch",
+        "headrace_rank_data_wait_seconds",
+        "rank",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "rank_peak_memory_bytes",
+        "gauge",
+        "bytes",
+        "largest device memory of each rank so far",
+        "headrace_rank_peak_memory_bytes",
+        "rank",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "rank_host_memory_bytes",
+        "gauge",
+        "bytes",
+        "host memory of each rank's process",
+        "headrace_rank_host_memory_bytes",
+        "rank",
+        made_by="pretrain.metrics.vitals",
+        of_machine=True,
+    ),
+    Metric(
+        "val_loss",
+        "gauge",
+        "nats/token",
+        "mean loss on each source's held-out text",
+        "headrace_val_loss",
+        "source",
+        made_by="pretrain.evaluate",
     ),
 )
+
+OF_MACHINE: Final = frozenset(metric.name for metric in METRICS if metric.of_machine)
+"""What no two attempts at a run have in common; the rest of a record is the same bits for the same run."""
+_PER_RANK: Final = frozenset(metric.name for metric in METRICS if metric.label == "rank")
 
 
 def is_evaluation(record: Record) -> bool:
@@ -163,10 +356,11 @@ def is_evaluation(record: Record) -> bool:
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
     """`record`'s numbers under tracker names: `train/loss`, `train/source_loss/code`, `val/loss/code`.
 
-    Names that are not in the list (a policy's or an experiment's own) are passed on too; text is left out.
+    Names that are not in the list (a policy's or an experiment's own) are passed on too; text is left out, and so are
+    values per rank: a chart for each of a thousand ranks helps nobody.
     """
     for name, value in record.items():
-        if name == "step":
+        if name == "step" or name in _PER_RANK:
             continue
         tag = "val/loss" if name == "val_loss" else f"train/{name}"
         for suffix, number in value.items() if isinstance(value, dict) else (("", value),):

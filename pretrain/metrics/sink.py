@@ -1,6 +1,8 @@
 """What every tracker offers the training loop, and the wrapper that keeps a broken one from stopping it."""
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from pretrain.metrics.registry import Record
@@ -50,3 +52,13 @@ class Guarded:
             closing.close()
         except Exception as error:
             log.warning("closing metrics.%s failed: %s", self._name, error)
+
+
+@contextmanager
+def closing(sinks: Sequence[Sink]) -> Iterator[Sequence[Sink]]:
+    """Closes `sinks` at the end, also that by an exception: wandb keeps its last records back until then."""
+    try:
+        yield sinks
+    finally:
+        for sink in sinks:
+            sink.close()

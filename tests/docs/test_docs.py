@@ -25,6 +25,7 @@ from headrace.errors import ExitCode
 from launch.site import Site
 from pretrain.cli import app
 from pretrain.config import RunConfig
+from pretrain.config.alerts import AlertsConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -197,6 +198,7 @@ def test_yaml_in_pages_has_valid_keys(file: str, text: str) -> None:
         TypeAdapter(list[Transform]).validate_python(source.get("transforms", []))
         TypeAdapter(list[Objective]).validate_python(source.get("objectives", []))
     TypeAdapter(list[Objective]).validate_python(content.get("data", {}).get("objectives", []))
+    AlertsConfig.model_validate(content.get("alerts", {}))
 
 
 def dotted_keys(node: Any, path: str = "") -> Iterator[str]:
@@ -213,6 +215,7 @@ def dotted_keys(node: Any, path: str = "") -> Iterator[str]:
                 if isinstance(item, dict) and key not in (
                     "transforms",
                     "objectives",
+                    "hooks",
                 ):  # of kinds with keys of their own: checked below
                     yield from dotted_keys(item, f"{here}.{item.get('name', number)}.")
 

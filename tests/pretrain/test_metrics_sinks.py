@@ -4,16 +4,16 @@ import builtins
 import json
 import logging
 import os
-import struct
 from pathlib import Path
 
 import pytest
+from wandb_file import read_wandb_file
 
 from headrace.errors import ConfigError
 from pretrain.config import MetricsConfig, PrometheusConfig, WandbConfig
 from pretrain.metrics import METRICS, open_sinks, read_records
 from pretrain.metrics.registry import scalars
-from pretrain.metrics.sink import Guarded
+from pretrain.metrics.sink import Guarded, closing
 
 TRAIN = {"step": 0, "tokens": 64, "loss": 5.5, "batch_sha256": "0" * 64, "source_loss": {"code": 5.5}}
 EVAL = {"step": 1, "val_loss": {"code": 5.25}}
@@ -116,33 +116,6 @@ def test_tensorboard_files_hold_each_step_once(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in val.Scalars("val/loss/code")] == [(s, float(s)) for s in (2, 4, 6, 8)]
 
 
-def read_wandb_file(path: Path) -> tuple[dict, list[dict]]:
-    """(run fields, history) of an offline file: LevelDB's log framing around protobuf records."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, buffer = path.read_bytes(), 7, b""
-    run, history = {}, []
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
-        if left < 7 or (kind == 0 and size == 0):
-            position += left
-            continue
-        part = data[position + 7 : position + 7 + size]
-        position += 7 + size
-        buffer = part if kind in (1, 2) else buffer + part
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(buffer)
-            if record.WhichOneof("record_type") == "run":
-                run = {"id": record.run.run_id, "project": record.run.project, "name": record.run.display_name}
-                run["config"] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            elif record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return run, history
-
-
 def test_wandb_offline_writes_a_run_that_resumes_under_one_id(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -180,3 +153,18 @@ def test_wandb_online_without_a_key_is_refused(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(type(wandb.api), "api_key", None)
     with pytest.raises(ConfigError, match="wandb login"):
         open_sinks(MetricsConfig(wandb=WandbConfig(enabled=True, mode="online")), tmp_path, "")
+
+
+def test_sinks_are_closed_when_a_run_fails_too() -> None:
+    class Held:
+        closed = 0
+
+        def write(self, record: dict) -> None: ...
+
+        def close(self) -> None:
+            self.closed += 1
+
+    sinks = [Held(), Held()]
+    with pytest.raises(KeyboardInterrupt), closing(sinks):
+        raise KeyboardInterrupt
+    assert [sink.closed for sink in sinks] == [1, 1]

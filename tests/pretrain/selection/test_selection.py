@@ -21,6 +21,7 @@ from pretrain.config import RunConfig, validate_config
 from pretrain.loop import train
 from pretrain.loss import FIXED_POINT
 from pretrain.metrics import read_records
+from pretrain.metrics.registry import OF_MACHINE
 from pretrain.selection import Scored, Top, make_selector
 from pretrain.selection.score import token_losses
 from pretrain.selection.selection import Selection
@@ -228,9 +229,8 @@ def run_to_end(config: RunConfig) -> int:
 
 
 def records(config: RunConfig) -> list[dict[str, Any]]:
-    timed = {"tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes"}
     found = read_records(Path(config.run.dir) / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in timed} for record in found]
+    return [{key: value for key, value in record.items() if key not in OF_MACHINE} for record in found]
 
 
 @pytest.mark.slow
