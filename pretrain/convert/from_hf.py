@@ -17,7 +17,7 @@ from pretrain.config import ModelConfig
 from pretrain.convert.architecture import COMMON_DEFAULTS, from_hf_config
 from pretrain.convert.native import write_weights
 from pretrain.convert.safetensors_folder import SafetensorsReader
-from pretrain.convert.tensors import Native, native_tensors, put
+from pretrain.convert.tensors import Native, join, native_tensors
 from pretrain.convert.tokenizer_files import load_tokenizer
 
 
@@ -45,10 +45,7 @@ def from_hf(folder: Path, run: Path) -> ModelConfig:
         raise ConfigError(f"--out {run}: is there already; name a new run folder")
 
     def make(native: Native) -> torch.Tensor:
-        whole = torch.empty(native.shape, dtype=dtype)
-        for part in native.parts:
-            put(whole, part, weights.read(part.name))
-        return whole
+        return join(native, lambda part: weights.read(part.name), dtype)
 
     final = Checkpoints(run).path(0)
     partial = final.with_name(final.name + ".partial")

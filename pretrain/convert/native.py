@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from headrace.errors import CheckpointError
 from parallel.parameter_names import HEADS
-from pretrain.convert.tensors import Native
+from pretrain.convert.stored_metadata import read_metadata
+from pretrain.convert.tensors import Native, check_finite
 
 # What megatron-core 0.16.1 writes beside torch's files, and asks for when it loads.
 FORMAT = {
@@ -53,11 +54,8 @@ class NativeReader:
     def __init__(self, path: Path, expected: Iterable[Native]) -> None:
         self.path = path
         self._files = FileSystemReader(path)
-        try:
-            metadata = self._files.read_metadata()
-            self._files.set_up_storage_reader(metadata, is_coordinator=True)
-        except Exception as error:  # a damaged pickle raises anything
-            raise CheckpointError(f"{path}: not a readable checkpoint: {_first_line(error)}") from None
+        metadata = read_metadata(path)
+        self._files.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
@@ -84,6 +82,9 @@ class NativeReader:
             self._files.read_data(LoadPlan(items), _Into(target)).wait()
         except Exception as error:
             raise CheckpointError(f"{self.path}: {native.key} cannot be read: {_first_line(error)}") from None
+        check_finite(
+            target, f"{self.path}: {native.key}" + ("" if native.layer is None else f" of layer {native.layer}")
+        )
         return target.view(native.shape)
 
     def _check(self, expected: list[Native]) -> None:

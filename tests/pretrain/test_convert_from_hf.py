@@ -219,7 +219,11 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], type[HeadraceError], str]] = {
     "config of a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "not a model configuration"),
     "other model": (config_with(model_type="gpt2", architectures=["GPT2LMHeadModel"]), ConfigError, "GPT2LMHeadModel"),
     "other head": (config_with(architectures=["LlamaForSequenceClassification"]), ConfigError, "SequenceClass"),
-    "no architecture": (config_with(model_type=None, architectures=None), ConfigError, "LlamaForCausalLM and Qwen3"),
+    "no architecture": (
+        config_with(model_type=None, architectures=None),
+        ConfigError,
+        "LlamaForCausalLM, Qwen3ForCausalLM and Wonton",
+    ),
     "attention bias": (config_with(attention_bias=True), ConfigError, "attention_bias = True is not supported"),
     "MLP bias": (config_with(mlp_bias=True), ConfigError, "mlp_bias = True is not supported"),
     "activation": (config_with(hidden_act="relu"), ConfigError, "hidden_act = 'relu' is not supported"),
