@@ -63,14 +63,19 @@ class SafetensorsReader:
             )
         return torch.bfloat16 if found == {"BF16"} else torch.float32
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, on the CPU. Raises CheckpointError when it holds NaN or infinity."""
+    def names(self) -> list[str]:
+        """Of all tensors, sorted."""
+        return sorted(self._files)
+
+    def read(self, name: str, finite: bool = True) -> torch.Tensor:
+        """The tensor called `name`, on the CPU. Raises CheckpointError when it should be `finite` and is not."""
         path, (begin, end), dtype, shape = self._places[name]
         # Not through safetensors, which maps the whole file: its pages count as ours, and a folder as big as memory
         # would push everything else out.
         raw = torch.from_numpy(np.fromfile(path, np.uint8, end - begin, offset=begin))
         tensor = raw.view(DTYPES[dtype]).view(shape)
-        check_finite(tensor, f"{path}: tensor {name}")
+        if finite:
+            check_finite(tensor, f"{path}: tensor {name}")
         return tensor
 
     def _listed(self) -> dict[str, set[str]]:
