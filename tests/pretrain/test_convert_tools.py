@@ -1,6 +1,7 @@
 """`headrace convert verify`, `average`, `inspect`, and the one line for each thing wrong with their input."""
 
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,8 +83,10 @@ def test_models_with_other_tokenizers_are_not_compared(
     folder = tmp_path / "hf"
     shutil.copytree(llama.hf, folder)
     file = folder / "tokenizer.json"
-    file.write_text(file.read_text("utf-8").replace('"e":71', '"e":70').replace('"d":70', '"d":71'), "utf-8")
-    assert Tokenizer.from_file(str(file)).token_to_id("e") == 70
+    definition = json.loads(file.read_text("utf-8"))
+    vocab = definition["model"]["vocab"]
+    vocab["e"], vocab["d"] = vocab["d"], vocab["e"]
+    file.write_text(json.dumps(definition), "utf-8")
     code, _, err = command("verify", llama.run_dir, folder)
     assert code == ExitCode.USER_ERROR
     assert "differ on this text, from token 0 on" in err
