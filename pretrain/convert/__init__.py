@@ -18,6 +18,7 @@ Open `tensors.py` first; then `to_hf.py` and `from_hf.py`, which are the two rec
 configuration, `native.py` and `safetensors_folder.py` read and write weights, `tokenizer_files.py` the tokenizer;
 `wonton/` is the wonton as a model of transformers.
 
-`megatron.py` and `nyonic.py` are two more formats, by the same list. `loaded.py` holds a checkpoint in memory as a model of
-transformers (`pretrain/generate.py` writes with it), `verify.py` compares two, `average.py` and `inspect.py` do as they say.
+`megatron.py` and `nyonic.py` are two more formats, by the same list. `loaded.py` holds a checkpoint in memory as a
+model of transformers (`pretrain/generate.py` writes with it), `verify.py` compares two, `average.py` and `inspect.py`
+do as they say.
 """

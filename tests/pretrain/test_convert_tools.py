@@ -11,6 +11,7 @@ import torch
 from converted_runs import MODELS, Trained, native_weights, train
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from headrace.errors import ExitCode
 from pretrain.checkpoint import Checkpoints
@@ -49,6 +50,17 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(left.value.code or 0), shown.out, shown.err
 
     return run
+
+
+def test_a_registered_wonton_needs_no_code_of_the_folder(wonton: Trained, tmp_path: Path) -> None:
+    import pretrain.convert.wonton
+
+    shutil.copytree(wonton.hf, tmp_path / "hf", ignore=shutil.ignore_patterns("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(model) is pretrain.convert.wonton.WontonForCausalLM
+    with torch.no_grad():
+        logits = model(wonton.tokens[None]).logits[0]
+    assert (logits - wonton.logits["one document"]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "wonton"])
@@ -215,6 +227,19 @@ def test_a_damaged_run_is_one_line_and_exit_2(
     code, _, err = command("inspect", run)
     assert code == ExitCode.USER_ERROR
     assert "it names os.system, which no checkpoint needs" in err
+
+
+def test_a_run_that_diverged_is_one_line_and_exit_2(
+    llama: Trained, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(llama.run_dir, run)
+    _scaled(Checkpoints(run), 4, float("nan"))
+    code, _, err = command("to-hf", run, "--out", tmp_path / "hf")
+    assert code == ExitCode.USER_ERROR
+    assert "embedding.word_embeddings.weight holds 8192 NaN or infinite of 8192 values" in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "hf").exists()
 
 
 def test_only_run_folders_are_averaged(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
