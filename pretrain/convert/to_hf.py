@@ -57,6 +57,7 @@ def to_hf(
             whole = weights.read(native)
             for part in native.parts:
                 writer.add(part.name, take(whole, part))
+            del whole  # before the next is read: the peak is twice the largest tensor, not three times
         writer.close()
         _write_json(partial / "config.json", hf_config)
         _write_json(partial / "generation_config.json", generation)

@@ -17,7 +17,7 @@ from headrace.errors import CheckpointError, ConfigError
 from parallel import process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint import Checkpoints, model_identity
 from pretrain.config import ModelConfig
 from pretrain.convert.megatron import LATEST, args_of, from_megatron, model_of, read_args, to_megatron
 
@@ -138,6 +138,33 @@ LLAMA = ModelConfig(
 def test_models_that_a_run_cannot_have_are_said(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_of(args_of(LLAMA, 128, 32) | changes, "common.pt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"family": "qwen3", "head_size": 32, "num_query_groups": 2, "tie_embeddings": True, "rope_base": 5e5},
+        {"family": "wonton", "activation": "gelu", "qk_norm": False, "norm_eps": 1e-6},
+        {"family": "wonton", "activation": "gelu_tanh", "qk_norm": True, "init_std": 0.01},
+        {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_seq_len": 8192}},
+    ],
+)
+def test_arguments_there_and_back_are_the_same_model(changes: dict[str, Any]) -> None:
+    model = ModelConfig.model_validate(LLAMA.model_dump() | {"head_size": 16, "num_query_groups": 4} | changes)
+    again = model_of(args_of(model, 128, 32), "common.pt")
+    assert model_identity(again, 128, "fp32") == model_identity(model, 128, "fp32")
+    free = ("rope_base", "rope_scaling", "norm_eps", "init_std")
+    assert [getattr(again, key) for key in free] == [getattr(model, key) for key in free]
+    if model.family == "wonton":
+        assert (again.activation, again.qk_norm) == (model.activation, model.qk_norm)
+
+
+def test_megatron_lms_defaults_are_its_own() -> None:
+    """A model with biases whose arguments say nothing of GELU has the fused kernel's tanh approximation."""
+    args = args_of(LLAMA.model_copy(update={"family": "wonton"}), 128, 32)
+    del args["bias_gelu_fusion"]
+    assert model_of(args, "common.pt").activation == "gelu_tanh"
 
 
 def test_models_that_megatron_lm_cannot_have_are_said() -> None:
