@@ -8,6 +8,7 @@ Both sides are megatron-core's, so tensors keep their names and bits; what is tr
 Megatron-LM makes its model, and a run's configuration. The legacy format (mp_rank_00/model_optim_rng.pt) is not read.
 """
 
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,9 +79,13 @@ def to_megatron(run: Path, step: int | None, out: Path) -> Path:
     iteration = int(stored.meta["step"])
     folder = out / f"iter_{iteration:07d}"
     folder.mkdir(parents=True)
-    write_weights(folder, natives, reader.dtype, reader.read)
-    common = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": iteration}
-    torch.save(common, folder / "common.pt")
+    try:
+        write_weights(folder, natives, reader.dtype, reader.read)
+        common = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": iteration}
+        torch.save(common, folder / "common.pt")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     (out / LATEST).write_text(f"{iteration}\n")
     return folder
 

@@ -11,6 +11,7 @@ from converted_runs import native_weights, save_tokenizer
 from test_convert_nyonic import random_tensors
 from typer.testing import CliRunner
 
+from headrace.errors import CheckpointError
 from pretrain.checkpoint import Checkpoints
 from pretrain.cli.convert import app
 from pretrain.config import ModelConfig
@@ -18,7 +19,7 @@ from pretrain.convert.from_hf import from_hf
 from pretrain.convert.megatron import from_megatron, to_megatron
 from pretrain.convert.new_run import new_run
 from pretrain.convert.stored_model import find_model
-from pretrain.convert.tensors import native_tensors
+from pretrain.convert.tensors import Native, native_tensors
 from pretrain.convert.to_hf import to_hf
 
 DOCS = Path(__file__).parents[2] / "docs" / "convert.md"
@@ -97,3 +98,22 @@ def test_the_command_does_what_the_table_says(
             torch.testing.assert_close(again[key], tensor)
         else:
             assert torch.equal(again[key], tensor), key
+
+
+def test_a_conversion_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
+    run = run_of("llama", torch.float32, tmp_path)
+    model = find_model(run, 0)
+    natives = list(native_tensors(model.model, model.vocab_size))
+    shutil.rmtree(run)
+    last = natives[-1].key  # found when the others are written already
+
+    def make(native: Native) -> torch.Tensor:
+        return torch.full(native.shape, float("nan") if native.key == last else 0.0)
+
+    new_run(run, model.model, natives, torch.float32, make, 64, None)
+    shutil.copytree(Checkpoints(run).path(0), Checkpoints(run).path(1))
+    for name, *options in (("to-megatron",), ("average", "--last", "2")):
+        done = CliRunner().invoke(app, [name, str(run), "--out", str(tmp_path / name), *options])
+        assert isinstance(done.exception, CheckpointError)
+        assert "NaN or infinite" in str(done.exception)
+        assert not list(tmp_path.glob(f"{name}/*"))
