@@ -17,6 +17,7 @@ ALLOWED = {
     "pretrain/checkpoint.py": ("torch.distributed.checkpoint",),  # the file format, no processes
     "pretrain/checkpoint_saving.py": ("torch.distributed.checkpoint",),
     "pretrain/convert/native.py": ("torch.distributed.checkpoint",),
+    "pretrain/convert/stored_metadata.py": ("torch.distributed.checkpoint",),
 }
 
 

@@ -13,7 +13,7 @@ import typer
 
 from headrace.errors import ExitCode, HeadraceError
 from headrace.version import __version__
-from pretrain.cli import config, convert, ctl, data, doctor, metrics, mix, report, tokenizer, train
+from pretrain.cli import config, convert, ctl, data, doctor, generate, metrics, mix, report, tokenizer, train
 
 app = typer.Typer(
     name="headrace",
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command(name="train", context_settings={"allow_interspersed_args": True})(train.train)
+app.command(name="generate")(generate.generate)
 app.command(name="report")(report.report)
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(ctl.app, name="ctl")

@@ -1,10 +1,10 @@
-"""Checkpoints to and from Hugging Face folders, bit for bit, in one process, with no GPU and no process groups.
+"""Checkpoints to and from other programs' formats, bit for bit, in one process, with no GPU.
 
     to_hf:    <run>/checkpoints/step-00000200   ->  config.json, model.safetensors, tokenizer.json, ...
     from_hf:  config.json, model.safetensors    ->  <run>/checkpoints/step-00000000, weights only
 
 Both walk the same list (`tensors.py`): every weight of the model once, each native tensor with the Hugging Face tensors
-that are its rows. One native tensor is in memory at a time, besides the output file being filled. Example: `llama`,
+that are its rows. One native tensor is in memory at a time. Example: `llama`,
 hidden 64, 4 heads in 2 groups. Layer 0's fused attention input is one native tensor of 128 rows, group after group:
 
     decoder.layers.self_attention.linear_qkv.weight [0]      rows (16 to a head)
@@ -15,5 +15,10 @@ hidden 64, 4 heads in 2 groups. Layer 0's fused attention input is one native te
     model.layers.0.self_attn.v_proj.weight  =  v0 v1         [32, 64]
 
 Open `tensors.py` first; then `to_hf.py` and `from_hf.py`, which are the two recipes. `architecture.py` translates the
-configuration, `native.py` and `safetensors_folder.py` read and write weights, `tokenizer_files.py` the tokenizer.
+configuration, `native.py` and `safetensors_folder.py` read and write weights, `tokenizer_files.py` the tokenizer;
+`wonton/` is the wonton as a model of transformers.
+
+`megatron.py` and `nyonic.py` are two more formats, by the same list. `loaded.py` holds a checkpoint in memory as a
+model of transformers (`pretrain/generate.py` writes with it), `verify.py` compares two, `average.py` and `inspect.py`
+do as they say.
 """

@@ -14,14 +14,25 @@ from data_scheduler.encoder import Encoder
 from headrace.errors import ConfigError
 from pretrain.config import ModelConfig
 from pretrain.convert.rope import rope_from_hf, rope_to_hf
-from pretrain.models.sizes import FAMILIES, Activation, activation, has_qk_norm, head_size, query_groups
+from pretrain.models.sizes import Activation, activation, has_qk_norm, head_size, query_groups
 
-Family = Literal["llama", "qwen3"]
-ARCHITECTURES: dict[Family, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+Family = Literal["llama", "qwen3", "wonton"]
+ARCHITECTURES: dict[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "wonton": "WontonForCausalLM",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_wonton.WontonConfig",
+    "AutoModel": "modeling_wonton.WontonModel",
+    "AutoModelForCausalLM": "modeling_wonton.WontonForCausalLM",
+}
+"""Where transformers finds what it does not have: files in the model folder, copied from `wonton/`."""
 # What transformers assumes where config.json is silent.
 DEFAULTS: dict[Family, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "head_dim": None},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "wonton": {"num_key_value_heads": None, "head_dim": None, "hidden_act": "gelu"},
 }
 HIDDEN_ACT: dict[str, Activation] = {
     "silu": "silu",
@@ -32,6 +43,8 @@ HIDDEN_ACT: dict[str, Activation] = {
 COMMON_DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
+    "layer_norm_eps": 1e-5,
+    "qk_norm": True,
     "initializer_range": 0.02,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
@@ -40,13 +53,12 @@ COMMON_DEFAULTS = {
 
 def hf_family(model: ModelConfig) -> Family:
     """The Hugging Face model that computes what `model` does. Raises ConfigError when there is none."""
-    family = FAMILIES[model.family]
-    if family.normalization != "RMSNorm" or family.biases or not family.gated:
-        raise ConfigError(
-            f"model.family {model.family}: cannot be converted; transformers has no such model (llama and qwen3 can be)"
-        )
     if model.num_experts is not None:
-        raise ConfigError("model.num_experts: models with experts cannot be converted; dense llama and qwen3 can be")
+        raise ConfigError("model.num_experts: models with experts cannot be converted; dense ones can be")
+    if model.mup:
+        raise ConfigError("model.mup: the Hugging Face format has no place for its attention and logit factors")
+    if model.family == "wonton":
+        return "wonton"
     return "qwen3" if has_qk_norm(model) else "llama"
 
 
@@ -68,10 +80,10 @@ def to_hf_config(
         "hidden_act": next(name for name, ours in HIDDEN_ACT.items() if ours == activation(model)),
         "max_position_embeddings": seq_len,
         "initializer_range": model.init_std,
-        "rms_norm_eps": model.norm_eps,
+        "layer_norm_eps" if family == "wonton" else "rms_norm_eps": model.norm_eps,
         **rope_to_hf(model),
         "tie_word_embeddings": model.tie_embeddings,
-        "attention_bias": False,
+        "attention_bias": family == "wonton",
         "attention_dropout": 0.0,
         "bos_token_id": encoder.bos_id,  # null where there is none; without it transformers assumes 1 for a llama
         "eos_token_id": encoder.eos_id,
@@ -82,6 +94,8 @@ def to_hf_config(
         config["mlp_bias"] = False
     else:
         config |= {"use_sliding_window": False, "sliding_window": None}
+    if family == "wonton":
+        config |= {"qk_norm": has_qk_norm(model), "auto_map": AUTO_MAP}
     return config
 
 
@@ -95,7 +109,7 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim, groups = config["head_dim"] or hidden // heads, config["num_key_value_heads"] or heads
     for key, unsupported in (
-        ("attention_bias", bool(config.get("attention_bias"))),
+        ("attention_bias", bool(config.get("attention_bias")) != (family == "wonton")),
         ("mlp_bias", bool(config.get("mlp_bias"))),
         ("hidden_act", config["hidden_act"] not in HIDDEN_ACT),
         ("use_sliding_window", bool(config.get("use_sliding_window"))),
@@ -106,6 +120,7 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     ):
         if unsupported:
             raise ConfigError(f"{where}: {key} = {config.get(key)!r} is not supported")
+    own_act = "gelu" if family == "wonton" else "silu"
     try:
         return ModelConfig(
             family=family,
@@ -115,10 +130,11 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
             num_query_groups=groups,
             head_size=None if head_dim * heads == hidden else head_dim,
             ffn_hidden_size=config["intermediate_size"],
-            activation=None if HIDDEN_ACT[config["hidden_act"]] == "silu" else HIDDEN_ACT[config["hidden_act"]],
+            activation=None if HIDDEN_ACT[config["hidden_act"]] == own_act else HIDDEN_ACT[config["hidden_act"]],
             vocab_size=config["vocab_size"],
             **rope_from_hf(config, where),
-            norm_eps=config["rms_norm_eps"],
+            norm_eps=config["layer_norm_eps" if family == "wonton" else "rms_norm_eps"],
+            qk_norm=False if family == "wonton" and not config["qk_norm"] else None,
             tie_embeddings=config["tie_word_embeddings"],
             init_std=config["initializer_range"],
         )
@@ -132,6 +148,6 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
     for family, architecture in ARCHITECTURES.items():
         if kind == family and (not architectures or architecture in architectures):
             return family
-    known = " and ".join(ARCHITECTURES.values())
+    *others, last = ARCHITECTURES.values()
     found = ", ".join(architectures) if isinstance(architectures, list) and architectures else f"model_type {kind!r}"
-    raise ConfigError(f"{where}: {found} cannot be converted; {known} can")
+    raise ConfigError(f"{where}: {found} cannot be converted; {', '.join(others)} and {last} can")

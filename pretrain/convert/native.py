@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from headrace.errors import CheckpointError
 from parallel.parameter_names import HEADS
-from pretrain.convert.tensors import Native
+from pretrain.convert.stored_metadata import read_metadata
+from pretrain.convert.tensors import Native, check_finite
 
 # What megatron-core 0.16.1 writes beside torch's files, and asks for when it loads.
 FORMAT = {
@@ -41,64 +42,93 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+LAYERS = "decoder.layers."
+NOT_WEIGHTS = ("optimizer.", "chained_", HEADS)
 LINEAR_LAYERS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 class NativeReader:
     """Whole tensors of the checkpoint in a folder. Raises CheckpointError when it does not hold just `expected`.
 
-    Multi-token heads are passed over: only training uses them, and no other format has a place for them.
+    Multi-token heads are passed over: only training uses them, and no other format has a place for them. A checkpoint
+    may hold the tensors of a layer stacked with those of the others, as ours and most of Megatron-LM's do, or by itself
+    (`decoder.layers.3.mlp.linear_fc1.weight`).
     """
 
     def __init__(self, path: Path, expected: Iterable[Native]) -> None:
         self.path = path
-        self._files = FileSystemReader(path)
-        try:
-            metadata = self._files.read_metadata()
-            self._files.set_up_storage_reader(metadata, is_coordinator=True)
-        except Exception as error:  # a damaged pickle raises anything
-            raise CheckpointError(f"{path}: not a readable checkpoint: {_first_line(error)}") from None
-        self._tensors = {
-            key: value
-            for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata) and not key.startswith(("optimizer.", HEADS))
-        }
+        self._stored = StoredTensors(path)
         self._check(list(expected))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; they all have the same."""
-        return next(iter(self._tensors.values())).properties.dtype
+        """Of the weights: their own where they all have the same, float32 otherwise."""
+        found = {stored.properties.dtype for stored in self._stored.tensors.values()}
+        return found.pop() if len(found) == 1 else torch.float32
 
     def read(self, native: Native) -> torch.Tensor:
-        """One tensor, `native.shape`, on the CPU. Raises CheckpointError when its files are damaged."""
-        stacked = self._tensors[native.key]
-        offsets, sizes = torch.Size([0] * len(native.shape)), torch.Size(native.shape)
-        if native.layer is not None:
-            offsets, sizes = torch.Size([native.layer, *offsets]), torch.Size([1, *sizes])
-        items = create_read_items_for_chunk_list(native.key, stacked, [ChunkStorageMetadata(offsets, sizes)])
-        if sum(math.prod(item.lengths) for item in items) != sizes.numel():
-            raise CheckpointError(f"{self.path}: pieces of {native.key} are missing")
-        target = torch.empty(sizes, dtype=stacked.properties.dtype)
-        try:
-            self._files.read_data(LoadPlan(items), _Into(target)).wait()
-        except Exception as error:
-            raise CheckpointError(f"{self.path}: {native.key} cannot be read: {_first_line(error)}") from None
-        return target.view(native.shape)
+        """One tensor, `native.shape`, on the CPU. Raises CheckpointError when it is damaged or holds NaN."""
+        name = f"{self.path}: {native.key}" + ("" if native.layer is None else f" of layer {native.layer}")
+        tensor = self._stored.read(self._key(native), None if self._is_single(native) else native.layer)
+        check_finite(tensor, name)
+        return tensor.view(native.shape).to(self.dtype)
+
+    def _is_single(self, native: Native) -> bool:
+        return native.layer is None or native.key not in self._stored.tensors
+
+    def _key(self, native: Native) -> str:
+        if native.layer is None or native.key in self._stored.tensors:
+            return native.key
+        return native.key.replace(LAYERS, f"{LAYERS}{native.layer}.", 1)
 
     def _check(self, expected: list[Native]) -> None:
         layers: dict[str, int] = {}
         for native in expected:
             layers[native.key] = layers.get(native.key, 0) + 1
         for native in expected:
-            stored = self._tensors.get(native.key)
-            shape = native.shape if native.layer is None else (layers[native.key], *native.shape)
+            stored = self._stored.tensors.get(self._key(native))
+            shape = native.shape if self._is_single(native) else (layers[native.key], *native.shape)
             if stored is None or tuple(stored.size) != shape:
                 found = "missing" if stored is None else f"of shape {tuple(stored.size)}"
-                raise CheckpointError(f"{self.path}: {native.key} is {found}, the model needs {shape}")
-        unknown = sorted(set(self._tensors) - set(layers))
+                raise CheckpointError(f"{self.path}: {self._key(native)} is {found}, the model needs {shape}")
+        unknown = sorted(set(self._stored.tensors) - set(map(self._key, expected)))
         if unknown:
-            raise CheckpointError(f"{self.path}: holds {', '.join(unknown)}, which the model has no place for")
+            raise CheckpointError(f"{self.path}: holds {', '.join(unknown[:3])}, which the model has no place for")
+
+
+class StoredTensors:
+    """The tensors of a torch_dist checkpoint folder, optimizer state and multi-token heads left out.
+
+    Raises CheckpointError when the folder cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = FileSystemReader(path)
+        metadata = read_metadata(path)
+        self._files.set_up_storage_reader(metadata, is_coordinator=True)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: value
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata) and not key.startswith(NOT_WEIGHTS)
+        }
+
+    def read(self, key: str, row: int | None = None) -> torch.Tensor:
+        """The tensor called `key`, or row `row` of its first axis (that axis kept), on the CPU."""
+        stored = self.tensors[key]
+        sizes = torch.Size(stored.size if row is None else [1, *stored.size[1:]])
+        offsets = torch.Size([0 if row is None or axis else row for axis in range(len(sizes))])
+        items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(offsets, sizes)])
+        if sum(math.prod(item.lengths) for item in items) != sizes.numel():
+            raise CheckpointError(f"{self.path}: pieces of {key} are missing")
+        target = torch.empty(sizes, dtype=stored.properties.dtype)
+        try:
+            self._files.read_data(LoadPlan(items), _Into(target)).wait()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path}: {key} cannot be read: {error.filename} is missing") from None
+        except Exception as error:
+            raise CheckpointError(f"{self.path}: {key} cannot be read: {_first_line(error)}") from None
+        return target
 
 
 class _Into(DefaultLoadPlanner):

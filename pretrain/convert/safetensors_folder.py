@@ -1,21 +1,25 @@
 """Weights in a Hugging Face folder: `model.safetensors`, or several files and an index."""
 
 import json
-from collections.abc import Iterable
+import math
+import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from headrace.errors import CheckpointError
-from pretrain.convert.tensors import Part
+from pretrain.convert.tensors import Part, check_finite
 
 SHARD_BYTES = 5_000_000_000
 """Largest file, the size Hugging Face's own tools cut at."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights, as safetensors calls them."""
 
 
 class SafetensorsReader:
@@ -25,6 +29,7 @@ class SafetensorsReader:
         self.folder = folder
         self._files: dict[str, Any] = {}
         """Tensor name -> open file."""
+        self._places: dict[str, Place] = {}
         for file, names in self._listed().items():
             opened = self._open(file)
             stored = opened.keys()
@@ -32,6 +37,7 @@ class SafetensorsReader:
             if missing:
                 raise CheckpointError(f"{folder / file}: holds no {min(missing)}, though {INDEX} says so")
             self._files |= dict.fromkeys(names or stored, opened)
+            self._places |= _places(folder / file)
 
     def check(self, parts: Iterable[Part], ignored: Iterable[str] = ()) -> None:
         """Raise CheckpointError unless the folder holds just `parts`, in their shapes, besides the names `ignored`."""
@@ -51,15 +57,25 @@ class SafetensorsReader:
     def dtype(self, parts: Iterable[Part]) -> torch.dtype:
         """A type that holds all `parts` exactly: bfloat16 when all are, float32 otherwise. Raises CheckpointError."""
         found = {self._files[part.name].get_slice(part.name).get_dtype() for part in parts}
-        if not found <= {"F32", "F16", "BF16"}:
+        if not found <= DTYPES.keys():
             raise CheckpointError(
                 f"{self.folder}: weights of type {', '.join(sorted(found))}; F32, F16 and BF16 are supported"
             )
         return torch.bfloat16 if found == {"BF16"} else torch.float32
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, on the CPU."""
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
+    def names(self) -> list[str]:
+        """Of all tensors, sorted."""
+        return sorted(self._files)
+
+    def read(self, name: str, finite: bool = True) -> torch.Tensor:
+        """The tensor called `name`, on the CPU. Raises CheckpointError when it should be `finite` and is not."""
+        path, (begin, end), dtype, shape = self._places[name]
+        # Not through safetensors, which maps the whole file: its pages count as ours, and a folder as big as memory
+        # would push everything else out.
+        raw = torch.from_numpy(np.fromfile(path, np.uint8, end - begin, offset=begin))
+        tensor = raw.view(DTYPES[dtype]).view(shape)
+        if finite:
+            check_finite(tensor, f"{path}: tensor {name}")
         return tensor
 
     def _listed(self) -> dict[str, set[str]]:
@@ -91,48 +107,93 @@ class SafetensorsReader:
 
 
 class SafetensorsWriter:
-    """Writes tensors into as few files of at most `shard_bytes` as their order allows; holds one file in memory."""
+    """Writes tensors of one type into as few files of at most `shard_bytes` as their order allows.
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._shard_bytes = folder, shard_bytes
+    Names and shapes are given first, so that headers can be written; tensors then go to disk one by one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Sequence[tuple[str, tuple[int, ...]]],
+        dtype: torch.dtype,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self._folder, self._dtype = folder, dtype
+        self._shapes = dict(tensors)
         self._files: list[list[str]] = []
-        self._waiting: dict[str, torch.Tensor] = {}
-        self._waiting_bytes = self._total_bytes = 0
+        room = 0
+        for name, _ in tensors:
+            size = self._size(name)
+            if not self._files or room < size:
+                self._files.append([])
+                room = shard_bytes
+            self._files[-1].append(name)
+            room -= size
+        self._waiting = [name for name, _ in reversed(tensors)]
+        self._begins = {names[0]: number for number, names in enumerate(self._files)}
+        self._open: BinaryIO | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take up a contiguous CPU tensor that shares no memory with another. Raises CheckpointError."""
-        if self._waiting and self._waiting_bytes + tensor.nbytes > self._shard_bytes:
-            self._flush()
-        self._waiting[name] = tensor
-        self._waiting_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+        """Write a contiguous CPU tensor; they come in the order in which they were announced. Raises OSError."""
+        assert self._waiting.pop() == name
+        assert (tuple(tensor.shape), tensor.dtype) == (self._shapes[name], self._dtype), name
+        if name in self._begins:
+            self._begin(self._begins[name])
+        assert self._open is not None
+        tensor.reshape(-1).view(torch.uint8).numpy().tofile(self._open)
 
     def close(self) -> None:
-        """Write what is left, and give the files the names that readers look for."""
-        self._flush()
-        count = len(self._files)
-        if count == 1:
-            self._path(0).rename(self._folder / SINGLE)
+        """Finish the last file, and write the index where there are several. Raises OSError."""
+        assert not self._waiting
+        if self._open is not None:
+            self._open.close()
+        if len(self._files) == 1:
             return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._files):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._path(number).rename(self._folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        weight_map = {name: self._name(number) for number, names in enumerate(self._files) for name in names}
+        index = {"metadata": {"total_size": sum(map(self._size, self._shapes))}, "weight_map": weight_map}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
-    def _flush(self) -> None:
-        path = self._path(len(self._files))
-        path.touch()
-        mode = path.stat().st_mode
-        try:
-            save_file(self._waiting, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # also a full disk
-            raise CheckpointError(f"{path}: not written: {error}") from None
-        path.chmod(mode)  # safetensors 0.8 makes files that only their owner may read
-        self._files.append(list(self._waiting))
-        self._waiting, self._waiting_bytes = {}, 0
+    def _begin(self, number: int) -> None:
+        if self._open is not None:
+            self._open.close()
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        kind = next(key for key, dtype in DTYPES.items() if dtype == self._dtype)
+        at = 0
+        for name in self._files[number]:
+            end = at + self._size(name)
+            header[name] = {"dtype": kind, "shape": self._shapes[name], "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as the format wants it
+        self._open = (self._folder / self._name(number)).open("wb")
+        self._open.write(struct.pack("<Q", len(text)) + text)
+        self._open.flush()  # before numpy writes to the same file
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"model-{number + 1:05d}.safetensors"
+    def _size(self, name: str) -> int:
+        return math.prod(self._shapes[name]) * self._dtype.itemsize
+
+    def _name(self, number: int) -> str:
+        count = len(self._files)
+        return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+Place = tuple[Path, tuple[int, int], str, list[int]]
+"""File, bytes from and to, type, shape."""
+
+
+def _places(path: Path) -> dict[str, Place]:
+    """Where each tensor of a file lies; safetensors has found the file whole."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (
+            path,
+            (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1]),
+            entry["dtype"],
+            entry["shape"],
+        )
+        for name, entry in header.items()
+    }

@@ -1,12 +1,14 @@
 """Which rows of which native tensor each Hugging Face tensor is: pure arithmetic on a `ModelConfig`."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
+from headrace.errors import CheckpointError
 from pretrain.config import ModelConfig
-from pretrain.models.sizes import attention_width, has_qk_norm, head_size, query_groups
+from pretrain.models.sizes import FAMILIES, attention_width, has_qk_norm, head_size, query_groups
 
 
 class Part(NamedTuple):
@@ -33,14 +35,13 @@ class Native(NamedTuple):
 
 
 def native_tensors(model: ModelConfig, vocab_size: int) -> Iterator[Native]:
-    """Every weight of a gated, bias-free RMSNorm model (`llama`, `qwen3`); `vocab_size` is the padded one."""
-    hidden = model.hidden_size
-    yield _whole("embedding.word_embeddings.weight", None, "model.embed_tokens.weight", (vocab_size, hidden))
+    """Every weight of a dense model; `vocab_size` is the padded one."""
+    yield _whole("embedding.word_embeddings.weight", None, "model.embed_tokens.weight", (vocab_size, model.hidden_size))
     for layer in range(model.num_layers):
         yield from _layer(model, layer)
-    yield _whole("decoder.final_layernorm.weight", None, "model.norm.weight", (hidden,))
+    yield from _norm(model, "decoder.final_layernorm.", None, "model.norm", model.hidden_size)
     if not model.tie_embeddings:
-        yield _whole("output_layer.weight", None, "lm_head.weight", (vocab_size, hidden))
+        yield _whole("output_layer.weight", None, "lm_head.weight", (vocab_size, model.hidden_size))
 
 
 def _layer(model: ModelConfig, layer: int) -> Iterator[Native]:
@@ -48,29 +49,59 @@ def _layer(model: ModelConfig, layer: int) -> Iterator[Native]:
     here, there = "decoder.layers", f"model.layers.{layer}"
     attention, mlp = f"{here}.self_attention", f"{here}.mlp"
 
-    yield _whole(f"{attention}.linear_qkv.layer_norm_weight", layer, f"{there}.input_layernorm.weight", (hidden,))
+    yield from _norm(model, f"{attention}.linear_qkv.layer_norm_", layer, f"{there}.input_layernorm", hidden)
     # megatron keeps each key/value group together so that tensor parallelism can cut between groups.
     queries = model.num_attention_heads // groups  # of one group
     units = queries + 2
     qkv = (
-        Part(f"{there}.self_attn.q_proj.weight", (groups * queries * size, hidden), groups, units, 0, queries),
-        Part(f"{there}.self_attn.k_proj.weight", (groups * size, hidden), groups, units, queries, queries + 1),
-        Part(f"{there}.self_attn.v_proj.weight", (groups * size, hidden), groups, units, queries + 1, units),
+        Piece(f"{there}.self_attn.q_proj", groups, units, 0, queries),
+        Piece(f"{there}.self_attn.k_proj", groups, units, queries, queries + 1),
+        Piece(f"{there}.self_attn.v_proj", groups, units, queries + 1, units),
     )
-    yield Native(f"{attention}.linear_qkv.weight", layer, (groups * units * size, hidden), qkv)
+    yield from _linear(model, f"{attention}.linear_qkv", layer, groups * units * size, hidden, qkv)
     if has_qk_norm(model):
-        yield _whole(f"{attention}.q_layernorm.weight", layer, f"{there}.self_attn.q_norm.weight", (size,))
-        yield _whole(f"{attention}.k_layernorm.weight", layer, f"{there}.self_attn.k_norm.weight", (size,))
-    proj = (hidden, attention_width(model))
-    yield _whole(f"{attention}.linear_proj.weight", layer, f"{there}.self_attn.o_proj.weight", proj)
+        yield from _norm(model, f"{attention}.q_layernorm.", layer, f"{there}.self_attn.q_norm", size)
+        yield from _norm(model, f"{attention}.k_layernorm.", layer, f"{there}.self_attn.k_norm", size)
+    proj = Piece(f"{there}.self_attn.o_proj")
+    yield from _linear(model, f"{attention}.linear_proj", layer, hidden, attention_width(model), (proj,))
 
-    yield _whole(f"{mlp}.linear_fc1.layer_norm_weight", layer, f"{there}.post_attention_layernorm.weight", (hidden,))
-    gate_up = (
-        Part(f"{there}.mlp.gate_proj.weight", (ffn, hidden), 1, 2, 0, 1),
-        Part(f"{there}.mlp.up_proj.weight", (ffn, hidden), 1, 2, 1, 2),
-    )
-    yield Native(f"{mlp}.linear_fc1.weight", layer, (2 * ffn, hidden), gate_up)
-    yield _whole(f"{mlp}.linear_fc2.weight", layer, f"{there}.mlp.down_proj.weight", (hidden, ffn))
+    yield from _norm(model, f"{mlp}.linear_fc1.layer_norm_", layer, f"{there}.post_attention_layernorm", hidden)
+    up = (Piece(f"{there}.mlp.up_proj"),)
+    if FAMILIES[model.family].gated:
+        up = (Piece(f"{there}.mlp.gate_proj", 1, 2, 0, 1), Piece(f"{there}.mlp.up_proj", 1, 2, 1, 2))
+    yield from _linear(model, f"{mlp}.linear_fc1", layer, len(up) * ffn, hidden, up)
+    yield from _linear(model, f"{mlp}.linear_fc2", layer, hidden, ffn, (Piece(f"{there}.mlp.down_proj"),))
+
+
+class Piece(NamedTuple):
+    """A Hugging Face linear layer and the rows it has of a native one, as `Part` has them."""
+
+    name: str
+    groups: int = 1
+    units: int = 1
+    start: int = 0
+    stop: int = 1
+
+
+def _linear(
+    model: ModelConfig, key: str, layer: int, rows: int, columns: int, pieces: tuple[Piece, ...]
+) -> Iterator[Native]:
+    def native(kind: str, *rest: int) -> Native:
+        parts = tuple(
+            Part(f"{p.name}.{kind}", (rows // p.units * (p.stop - p.start), *rest), p.groups, p.units, p.start, p.stop)
+            for p in pieces
+        )
+        return Native(f"{key}.{kind}", layer, (rows, *rest), parts)
+
+    yield native("weight", columns)
+    if FAMILIES[model.family].biases:
+        yield native("bias")
+
+
+def _norm(model: ModelConfig, prefix: str, layer: int | None, name: str, size: int) -> Iterator[Native]:
+    yield _whole(f"{prefix}weight", layer, f"{name}.weight", (size,))
+    if FAMILIES[model.family].normalization == "LayerNorm":
+        yield _whole(f"{prefix}bias", layer, f"{name}.bias", (size,))
 
 
 def _whole(key: str, layer: int | None, name: str, shape: tuple[int, ...]) -> Native:
@@ -78,14 +109,33 @@ def _whole(key: str, layer: int | None, name: str, shape: tuple[int, ...]) -> Na
 
 
 def take(native: torch.Tensor, part: Part) -> torch.Tensor:
-    """A copy of the rows of `native` that are `part`."""
-    return _rows(native, part).clone(memory_format=torch.contiguous_format).view(part.shape)
+    """The rows of `native` that are `part`, contiguous: `native` itself where it has no others, else a copy."""
+    return _rows(native, part).contiguous().view(part.shape)
+
+
+def join(native: Native, read: Callable[[Part], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The native tensor whose parts `read` gives, one at a time; the inverse of `take`."""
+    if len(native.parts) == 1:
+        return read(native.parts[0]).to(dtype).view(native.shape)
+    whole = torch.empty(native.shape, dtype=dtype)
+    for part in native.parts:
+        put(whole, part, read(part))
+    return whole
 
 
 def put(native: torch.Tensor, part: Part, tensor: torch.Tensor) -> None:
-    """Write `tensor` into the rows of `native` that are `part`; the inverse of `take`."""
+    """Write `tensor` into the rows of `native` that are `part`."""
     rows = _rows(native, part)
     rows.copy_(tensor.reshape(rows.shape))
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError when there is a NaN or an infinity in `tensor`."""
+    if math.isfinite(float(tensor.sum())):  # one pass and no copy
+        return
+    bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+    if bad:
+        raise CheckpointError(f"{name} holds {bad} NaN or infinite of {tensor.numel()} values; the weights are damaged")
 
 
 def _rows(native: torch.Tensor, part: Part) -> torch.Tensor:

@@ -7,14 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from headrace.errors import CheckpointError, ConfigError
-from pretrain.checkpoint import Checkpoints, model_of_stage, read_meta
-from pretrain.config import ModelConfig
+from headrace.errors import ConfigError
 from pretrain.convert.architecture import hf_family, to_hf_config
 from pretrain.convert.native import NativeReader
 from pretrain.convert.safetensors_folder import SHARD_BYTES, SafetensorsWriter
+from pretrain.convert.stored_model import find_model
 from pretrain.convert.tensors import native_tensors, take
 from pretrain.convert.tokenizer_files import copy_tokenizer, load_tokenizer
 
@@ -33,36 +30,34 @@ def to_hf(
     replaces the path that the run's configuration has. `out` is there when it is complete and not before; `force`
     replaces a model folder that is there already. Raises CheckpointError, ConfigError or OSError.
     """
-    checkpoint = _find(run, step)
     out = _check_target(out, force)
-    meta = read_meta(checkpoint)
-    model, vocab_size, config = _model(meta, checkpoint)
-    model = model_of_stage(model, meta)
-    seq_len = meta.get("stage", {}).get("seq_len", config["data"]["seq_len"])
-    if model.mup:
-        raise ConfigError(f"{run}: model.mup: the Hugging Face format has no place for its attention and logit factors")
-    hf_family(model)
-    if model.mtp is not None:
+    stored = find_model(run, step)
+    hf_family(stored.model)
+    if stored.model.mtp is not None:
         sys.stderr.write(
-            f"headrace: {checkpoint}: the multi-token heads (model.mtp) are left out, the model is whole\n"
+            f"headrace: {stored.checkpoint}: the multi-token heads (model.mtp) are left out, the model is whole\n"
         )
-    tokenizer = _tokenizer_path(config, tokenizer)
-    encoder = load_tokenizer(tokenizer, vocab_size)
-    natives = list(native_tensors(model, vocab_size))
-    weights = NativeReader(checkpoint, natives)
-    hf_config = to_hf_config(model, vocab_size, seq_len, weights.dtype, encoder)
+    tokenizer = stored.tokenizer(tokenizer)
+    encoder = load_tokenizer(tokenizer, stored.vocab_size)
+    natives = list(native_tensors(stored.model, stored.vocab_size))
+    weights = NativeReader(stored.checkpoint, natives)
+    hf_config = to_hf_config(stored.model, stored.vocab_size, stored.seq_len, weights.dtype, encoder)
     generation = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
+    shapes = [(part.name, part.shape) for native in natives for part in native.parts]
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         copy_tokenizer(tokenizer, encoder, partial)
-        writer = SafetensorsWriter(partial, shard_bytes)
+        for file in code_files(hf_config):
+            shutil.copyfile(file, partial / file.name)
+        writer = SafetensorsWriter(partial, shapes, weights.dtype, shard_bytes)
         for native in natives:
             whole = weights.read(native)
             for part in native.parts:
                 writer.add(part.name, take(whole, part))
+            del whole  # before the next is read: the peak is twice the largest tensor, not three times
         writer.close()
         _write_json(partial / "config.json", hf_config)
         _write_json(partial / "generation_config.json", generation)
@@ -73,35 +68,10 @@ def to_hf(
     return out
 
 
-def _find(run: Path, step: int | None) -> Path:
-    checkpoints = Checkpoints(run)
-    steps = checkpoints.steps()
-    if not steps:
-        what = "no checkpoint in this run folder" if run.is_dir() else "no such run folder"
-        raise CheckpointError(f"{run}: {what}")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    return checkpoints.path(steps[-1] if step is None else step)
-
-
-def _model(meta: dict[str, Any], checkpoint: Path) -> tuple[ModelConfig, int, dict[str, Any]]:
-    """(model, padded vocabulary, configuration) of a checkpoint."""
-    try:
-        config: dict[str, Any] = meta["config"]
-        return ModelConfig.model_validate(config["model"]), int(meta["model"]["vocab_size"]), config
-    except (KeyError, TypeError, ValidationError):
-        raise CheckpointError(f"{checkpoint / 'meta.json'}: not of this version of Headrace") from None
-
-
-def _tokenizer_path(config: dict[str, Any], tokenizer: Path | None) -> Path:
-    if tokenizer is not None:
-        return tokenizer
-    configured = config["data"]["tokenizer"]
-    if configured is None:
-        raise ConfigError("the checkpoint was converted from a folder without a tokenizer; name one with --tokenizer")
-    if not Path(configured).exists():
-        raise ConfigError(f"data.tokenizer of the run, {configured}, is not there; name it with --tokenizer")
-    return Path(configured)
+def code_files(hf_config: dict[str, Any]) -> list[Path]:
+    """The Python files that transformers needs for a `config.json`; none but for what it does not have itself."""
+    modules = {name.split(".")[0] for name in hf_config.get("auto_map", {}).values()}
+    return [Path(__file__).parent / "wonton" / f"{module}.py" for module in sorted(modules)]
 
 
 def _check_target(out: Path, force: bool) -> Path:

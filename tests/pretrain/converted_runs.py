@@ -35,6 +35,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "llama",
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 8, "beta_fast": 4.0},
     },
+    "wonton": {"family": "wonton"},
+    "wonton bf16": {"family": "wonton", "precision": "bf16", "tie_embeddings": True},
+    "wonton without QK norm": {"family": "wonton", "qk_norm": False, "activation": "gelu_tanh", "num_query_groups": 2},
     "ntk": {"family": "llama", "rope_scaling": {"kind": "ntk", "factor": 4.0}},
 }
 
@@ -78,7 +81,7 @@ def our_logits(state: TrainState, tokens: torch.Tensor, starts: list[int]) -> to
 
 def their_logits(folder: Path, tokens: torch.Tensor, starts: list[int]) -> torch.Tensor:
     """The same by transformers, each document by itself."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     ends = [*starts[1:], len(tokens)]
     with torch.no_grad():
         parts = [model(tokens[None, a:b]).logits[0] for a, b in zip(starts, ends, strict=True)]

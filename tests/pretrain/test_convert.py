@@ -268,10 +268,10 @@ def test_what_cannot_be_converted_is_said(llama: Trained, tmp_path: Path, in_one
     path.write_text(json.dumps({"config": {}}))
     with pytest.raises(CheckpointError, match=r"meta\.json: not of this version of Headrace"):
         to_hf(moved, 2, out)
-    state = tiny_state(run_config({"family": "wonton"}, big), Layout(1))
-    save(tmp_path / "wonton", state, 1)
-    with pytest.raises(ConfigError, match="family wonton: cannot be converted"):
-        to_hf(tmp_path / "wonton", 1, out)
+    state = tiny_state(run_config({"family": "llama", "mup": True}, big), Layout(1))
+    save(tmp_path / "mup", state, 1)
+    with pytest.raises(ConfigError, match=r"model\.mup: the Hugging Face format has no place"):
+        to_hf(tmp_path / "mup", 1, out)
     assert not out.exists()
 
 

@@ -22,7 +22,8 @@ from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import ModelConfig, RunConfig, validate_config
 from pretrain.convert.architecture import from_hf_config
-from pretrain.convert.from_hf import from_hf, model_section
+from pretrain.convert.from_hf import from_hf
+from pretrain.convert.new_run import model_section
 from pretrain.convert.to_hf import to_hf
 from pretrain.loop import train
 from pretrain.metrics import read_records
@@ -219,7 +220,11 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], type[HeadraceError], str]] = {
     "config of a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "not a model configuration"),
     "other model": (config_with(model_type="gpt2", architectures=["GPT2LMHeadModel"]), ConfigError, "GPT2LMHeadModel"),
     "other head": (config_with(architectures=["LlamaForSequenceClassification"]), ConfigError, "SequenceClass"),
-    "no architecture": (config_with(model_type=None, architectures=None), ConfigError, "LlamaForCausalLM and Qwen3"),
+    "no architecture": (
+        config_with(model_type=None, architectures=None),
+        ConfigError,
+        "LlamaForCausalLM, Qwen3ForCausalLM and Wonton",
+    ),
     "attention bias": (config_with(attention_bias=True), ConfigError, "attention_bias = True is not supported"),
     "MLP bias": (config_with(mlp_bias=True), ConfigError, "mlp_bias = True is not supported"),
     "activation": (config_with(hidden_act="relu"), ConfigError, "hidden_act = 'relu' is not supported"),
@@ -316,7 +321,7 @@ def test_a_conversion_cut_short_can_be_started_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.convert.from_hf.publish", full)
+        patch.setattr("pretrain.convert.new_run.publish", full)
         with pytest.raises(OSError, match="No space"):
             from_hf(saved, tmp_path / "run")
     assert Checkpoints(tmp_path / "run").latest() is None
