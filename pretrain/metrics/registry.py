@@ -69,6 +69,16 @@ METRICS: Final = (
     Metric("tokens_per_s", "gauge", "tokens/s", "global throughput of the step", "headrace_tokens_per_second"),
     Metric("step_s", "gauge", "s", "time of the whole step, waiting for data included", "headrace_step_seconds"),
     Metric("data_wait_s", "gauge", "s", "time the step waited for its batch", "headrace_data_wait_seconds"),
+    Metric(
+        "slowest_rank", "gauge", "", "rank that computes longest before it meets the others", "headrace_slowest_rank"
+    ),
+    Metric(
+        "slowest_rank_ratio",
+        "gauge",
+        "1",
+        "its time over the median of ranks that do the same work; every `recovery.stragglers_every` steps",
+        "headrace_slowest_rank_ratio",
+    ),
     Metric("peak_memory_bytes", "gauge", "bytes", "largest device memory of a rank", "headrace_peak_memory_bytes"),
     Metric("batch_sha256", "text", "", "SHA-256 of the step's global batch, the same for every layout"),
     Metric("source_loss", "gauge", "nats/token", "mean loss of each source", "headrace_source_loss", "source"),
