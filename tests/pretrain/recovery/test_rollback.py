@@ -118,7 +118,7 @@ def test_trouble_without_end_ends_with_one_line(config: Callable[..., RunConfig]
 
 
 def test_what_no_attempt_from_the_newest_mends_is_tried_from_an_older_one(config: Callable[..., RunConfig]) -> None:
-    """Weights that a checkpoint holds may be what is wrong: here whatever follows it goes wrong, until it is given up."""
+    """Weights that a checkpoint holds may be what is wrong: here all that follows it goes wrong till it is given up."""
     run = config("older", max_attempts=1)
     saved = Path(run.run.dir) / "checkpoints"
 
