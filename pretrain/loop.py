@@ -146,6 +146,7 @@ class Run:
         steps, first = self.config.train.steps, self.done.step
         if first >= steps:
             self._say(f"{self.run_dir} is at step {first}; train.steps={steps} is done. Raise it to go on.")
+            self.saves.copies.finish(self.watchdog.beat)
             return ExitCode.DONE
         exchange.only_first_rank(self._write_config, self.ranks.rank)
         sinks = self._open_sinks()

@@ -134,14 +134,14 @@ def test_a_damaged_token_cache_is_made_again(
     data = run_config("run").data.model_dump(exclude={"stages"}) | {"token_cache": str(tmp_path / "tokens")}
     config = run_config("run", data=data, checkpoint__behind=False)
     assert failing(config, "step: recorded=kill,hit7") == -signal.SIGKILL
-    cached = [path for path in (tmp_path / "tokens").rglob("*") if path.is_file()]
+    cached = {path: path.read_bytes() for path in (tmp_path / "tokens").rglob("*") if path.is_file()}
     assert cached
-    for path in cached:
-        content = bytearray(path.read_bytes())
+    for path, whole_file in cached.items():
+        content = bytearray(whole_file)
         content[len(content) * 3 // 4] ^= 1
         path.write_bytes(content)
     goes_on_as_if_nothing_had_been(config, whole)
-    assert "made again from the text" in log_of(config).read_text()
+    assert any(path.read_bytes() == whole_file for path, whole_file in cached.items())  # those that were needed
     case("token cache damaged", "one warning a chunk, tokenized again; the same curve")
 
 
