@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import torch
 
@@ -55,6 +55,7 @@ class Watchdog:
         self._last, self._doing = math.inf, "start"
         self._over = threading.Event()
         self._stacks: IO[str] | None = None
+        self._alarm: Any = signal.SIG_DFL
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     @property
@@ -70,6 +71,8 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             name = self._folder / f".stacks-rank-{self._rank:05d}.txt"
             self._stacks = open(name, "w", encoding="utf-8")  # noqa: SIM115  (closed at the exit)
+            # A handler of somebody else's, pytest-timeout's for one, would keep the kernel from ending us.
+            self._alarm = signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self._last, self._doing = time.monotonic(), doing
         self._arm()
 
@@ -94,6 +97,7 @@ class Watchdog:
         if self._stacks is None:
             return
         self._disarm()
+        signal.signal(signal.SIGALRM, self._alarm)
         self._stacks.close()
         Path(self._stacks.name).unlink(missing_ok=True)
 
