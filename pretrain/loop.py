@@ -35,7 +35,6 @@ from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
 from pretrain.recovery.fetching import open_second_place, restore_journal
 from pretrain.recovery.health import check_health, new_guard
-from pretrain.recovery.manifest import set_aside
 from pretrain.recovery.newest import newest_whole
 from pretrain.recovery.rollback import WaysBack
 from pretrain.recovery.stragglers import Stragglers
@@ -373,24 +372,7 @@ class Run:
         self.saves.save(self.state, self.scheduler, self.done, behind=behind)
 
     def _ways_back(self) -> WaysBack:
-        """The checkpoints that the loss guard may go back to, that which is being written included."""
-        self.saves.finish(self.scheduler)
-        steps = exchange.from_first_rank(self.checkpoints.steps, self.ranks.rank)
-        return WaysBack(steps[::-1] or [0], lambda to: self._give_up_after(to))
-
-    def _give_up_after(self, to: int) -> None:
-        """Set the checkpoints of steps after `to` aside, here and in the second place, so that it is the newest."""
-        self.saves.copies.close()
-
-        def give_up() -> None:
-            for step in self.checkpoints.steps():
-                if step > to:
-                    set_aside(self.checkpoints.path(step), "given-up")
-            for step in self.second.steps() if self.second is not None else []:
-                if step > to:
-                    self.second.remove(step)
-
-        exchange.only_first_rank(give_up, self.ranks.rank)
+        return self.saves.ways_back(self.scheduler, self.second)
 
     def _resume(self) -> bool:
         """Load the newest checkpoint, if there is one."""

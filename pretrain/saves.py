@@ -12,6 +12,9 @@ from pretrain.checkpoint_saving import Saving
 from pretrain.config import CheckpointConfig
 from pretrain.recovery.copies import Copies
 from pretrain.recovery.fault_points import reach
+from pretrain.recovery.manifest import set_aside
+from pretrain.recovery.rollback import WaysBack
+from pretrain.recovery.second_place import SecondPlace
 from pretrain.step import TrainState
 
 
@@ -60,6 +63,27 @@ class Saves:
         if self._saving is not None:
             self._saving.abandon()
         self.copies.close()
+
+    def ways_back(self, scheduler: Scheduler, second: SecondPlace | None) -> WaysBack:
+        """The checkpoints that the loss guard may go back to, that which is being written included."""
+        self.finish(scheduler)
+        steps = exchange.from_first_rank(self._checkpoints.steps, self._ranks.rank)
+        return WaysBack(steps[::-1] or [0], lambda to: self._give_up_after(to, second))
+
+    def _give_up_after(self, to: int, second: SecondPlace | None) -> None:
+        """Set the checkpoints of steps after `to` aside, here and in the second place, so that it is the newest."""
+        self.copies.close()
+
+        def give_up() -> None:
+            for step in self._checkpoints.steps():
+                if step > to:
+                    set_aside(self._checkpoints.path(step), "given-up")
+            if second is not None:
+                for step in second.steps():
+                    if step > to:
+                        second.remove(step)
+
+        exchange.only_first_rank(give_up, self._ranks.rank)
 
     def _data_state(self, scheduler: Scheduler) -> dict[str, Any]:
         """The scheduler's state with every rank's lanes."""
