@@ -50,6 +50,7 @@ def s3() -> Iterator[Any]:
         yield system
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_folder_goes_on_from_s3(
     run_config: Make, whole: list[dict[str, Any]], s3: Any, tmp_path: Path
 ) -> None:
