@@ -44,7 +44,7 @@ def test_journals_are_counted(benchmark_module: ModuleType) -> None:
 
 def test_poisoned_documents_are_found_and_their_cause_named(benchmark_module: ModuleType, tmp_path: Path) -> None:
     benchmark_module.make_corpus(tmp_path / "corpus")
-    run = benchmark_module.one_run("poisoned documents", 0, 100, tmp_path)
+    run = benchmark_module.one_run("poisoned documents", 0, 70, tmp_path)
     log = tmp_path / "poisoned-documents-0.log"
     assert run["exit_code"] == 0, log.read_text()
     assert run["found"], log.read_text()

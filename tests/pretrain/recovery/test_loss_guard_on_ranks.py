@@ -15,7 +15,7 @@ from pretrain.config import RunConfig
 from pretrain.loop import train
 from pretrain.processes import free_port
 
-STEPS, BAD = 20, 15
+STEPS, BAD = 15, 13
 GUARD = {"policy": "rollback", "window": 8, "min_steps": 8}
 
 
