@@ -6,7 +6,7 @@
     docs/data_speed.md      its tables, from benchmarks/results/data_*.json
     docs/how-to/curriculum-by-bands.md   likewise, from benchmarks/results/data_bands.json
     docs/how-to/gpu.md      its table of presets, from `pretrain.models`
-    docs/recovery.md        its tables, from benchmarks/results/crash_matrix.json and recovery.json
+    docs/recovery.md        its tables, from benchmarks/results/crash_matrix.json, loss_guard.json and recovery.json
     docs/parallel.md        its tables, from benchmarks/results/parallel_equivalence.json
     docs/kernels.md         its table, by docs/kernel_table.py from benchmarks/results/kernels.json
     docs/mixing.md          its tables, from benchmarks/results/policy_overhead.json and mixing_*.json

@@ -44,6 +44,34 @@ def saves(result: dict[str, Any]) -> str:
     )
 
 
+def loss_guard(result: dict[str, Any]) -> str:
+    """What all runs say together, in one sentence."""
+    found, settings = result["summary"], result["settings"]
+    return (
+        f"Precision {found['precision']:.2f}, recall {found['recall']:.2f}, cause named rightly in "
+        f"{found['attribution']:.2f} of what was found; {found['false_alarms']} false alarms in "
+        f"{found['steps_judged']} steps. A step has {settings['tokens_per_step']} tokens, a checkpoint comes every "
+        f"{settings['checkpoint_every']} steps."
+    )
+
+
+def loss_guard_kinds(result: dict[str, Any]) -> Table:
+    """A row for each thing that was done to runs."""
+    head = (
+        "what was done",
+        "runs",
+        "found",
+        "cause right",
+        "false alarms",
+        "reached their end",
+        "tokens lost, median",
+        "most",
+    )
+    keys = ("runs", "found", "attributed", "false_alarms", "ended", "tokens_lost_median", "tokens_lost_most")
+    kinds = result["summary"]["by_kind"]
+    return head, [(kind, *(f"{row[key]:,.0f}" for key in keys)) for kind, row in kinds.items()]
+
+
 def parts(
     results: Path, table: Callable[..., str], facts: Callable[[dict[str, Any]], str]
 ) -> Iterator[tuple[str, str]]:
@@ -51,7 +79,7 @@ def parts(
 
     `results`: folder of result files; `table` and `facts` write Markdown.
     """
-    for name in ("crash_matrix", "recovery"):
+    for name in ("crash_matrix", "loss_guard", "recovery"):
         path = results / f"{name}.json"
         if not path.exists():
             yield name, f"`python benchmarks/{name}.py` writes the result that belongs here.\n"
@@ -59,6 +87,8 @@ def parts(
         result = json.loads(path.read_text())
         if name == "crash_matrix":
             body = table(*crash_matrix(result))
+        elif name == "loss_guard":
+            body = f"{loss_guard(result)}\n\n{table(*loss_guard_kinds(result))}"
         else:
             body = f"{saves(result)}\n\n{table(*times_back(result))}"
         yield name, f"{body}\n{facts(result)}"

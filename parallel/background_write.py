@@ -13,7 +13,6 @@ that dies takes its writer with it and nobody writes into a folder that somebody
 
 import ctypes
 import gc
-import hashlib
 import multiprocessing
 import multiprocessing.process
 import os
@@ -28,24 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from parallel.engine import FileSystemWriterAsync, dist_checkpointing, results_queue
+from parallel.file_sum import FileSum, file_sum
+from parallel.late_errors import errors_at_the_end
 
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class FileSum:
-    """What a file must be like."""
-
-    size: int
-    """Bytes."""
-    sha256: str
-
-
-def file_sum(path: Path) -> FileSum:
-    """Size and SHA-256 of a file; raises OSError."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileSum(file.tell(), digest.hexdigest())
 
 
 class BackgroundWrite:
@@ -54,7 +39,8 @@ class BackgroundWrite:
     def __init__(self, sharded_state_dict: dict[str, Any], folder: Path, *, behind: bool) -> None:
         """Plans the save with the other ranks, copies what is on a GPU, and begins to write. Raises OSError."""
         began = time.perf_counter()
-        self._request = dist_checkpointing.save(sharded_state_dict, str(folder), async_sharded_save=True)
+        with errors_at_the_end():
+            self._request = dist_checkpointing.save(sharded_state_dict, str(folder), async_sharded_save=True)
         self._written: _Outcome | None = None
         self._child: _Child | None = None
         if self._request.async_fn is None:  # this rank has nothing to write
@@ -82,8 +68,9 @@ class BackgroundWrite:
         assert outcome is not None
         if outcome.results is not None:
             results_queue.put(outcome.results)
-        for finalize in self._request.finalize_fns:
-            finalize()
+        with errors_at_the_end():
+            for finalize in self._request.finalize_fns:
+                finalize()
         return outcome.sums
 
     def abandon(self) -> None:

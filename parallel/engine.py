@@ -44,6 +44,8 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import (
@@ -110,6 +112,7 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorFactory",
     "TopKRouter",
+    "TorchCommonSaveStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -131,6 +134,7 @@ __all__ = [
     "nested_values",
     "parallel_state",
     "results_queue",
+    "serialization",
     "tensor_parallel",
     "uses_own_adam",
 ]

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,15 @@ class Checkpoints:
         rank = state.ranks.rank
         return Saving(partial, final, lambda: sharded_state(state), data_state, meta, rank, behind=behind)
 
-    def end(self, saving: Saving, config: CheckpointConfig | None = None) -> Path:
-        """Finish a checkpoint on all ranks together, and remove those that by `config` need not stay; its path.
+    def end(self, saving: Saving, config: CheckpointConfig | None = None, needed: Set[int] = frozenset()) -> Path:
+        """Finish a checkpoint on all ranks together, and remove those that by `config` need not stay, besides those of
+        the steps that are `needed`; its path.
 
         It exists from the moment its folder is renamed. Raises CheckpointError on every rank when any could not write;
         checkpoints that were complete stay.
         """
         path = saving.finish()
-        exchange.only_first_rank(lambda: self._retire(config, saving), saving.rank)
+        exchange.only_first_rank(lambda: self._retire(config, saving, needed), saving.rank)
         reach("checkpoint: older removed")
         return path
 
@@ -126,14 +127,15 @@ class Checkpoints:
         partial.mkdir(parents=True)
         return partial
 
-    def _retire(self, config: CheckpointConfig | None, saving: Saving) -> None:
+    def _retire(self, config: CheckpointConfig | None, saving: Saving, needed: Set[int]) -> None:
         Snapshots(self.run_dir).save(saving.data_state)
         if config is None:
             return
         steps = self.steps()
         sizes = {step: size_of(self.path(step)) for step in steps} if config.max_total_gb else {}
         for step in doomed(steps, config.keep_last, config.keep_every, config.max_total_gb, sizes):
-            if step != saving.step:  # an older one may bear a higher number when a run was resumed before it
+            # An older one may bear a higher number when a run was resumed before it.
+            if step != saving.step and step not in needed:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:

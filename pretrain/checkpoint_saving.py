@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from data_scheduler.state import save_state
 from headrace.errors import CheckpointError
 from parallel import accelerator, exchange, process_groups
-from parallel.background_write import BackgroundWrite, FileSum
+from parallel.background_write import BackgroundWrite
+from parallel.file_sum import FileSum
 from pretrain.recovery.fault_points import reach
 from pretrain.recovery.manifest import names, write_manifest
 
@@ -119,6 +120,11 @@ def publish(partial: Path, final: Path, meta: Mapping[str, Any], known: Mapping[
     name. `known`: sums of files that need not be read again."""
     (partial / "meta.json").write_text(json.dumps(meta, indent=2))
     write_manifest(partial, known or {})
+    give_name(partial, final)
+
+
+def give_name(partial: Path, final: Path) -> None:
+    """Make `partial`, in which all is, the complete checkpoint `final`: all on disk, then the name. Raises OSError."""
     for path in partial.rglob("*"):
         _sync(path)
     _sync(partial)

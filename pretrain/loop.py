@@ -37,8 +37,11 @@ from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
+from pretrain.recovery.fetching import open_second_place, restore_journal
 from pretrain.recovery.health import check_health, new_guard
 from pretrain.recovery.newest import newest_whole
+from pretrain.recovery.rollback import WaysBack
+from pretrain.recovery.stragglers import Stragglers
 from pretrain.recovery.watchdog import Watchdog
 from pretrain.rejects import Rejects
 from pretrain.saves import Saves
@@ -88,27 +91,37 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
 def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_groups.Ranks, alerts: Alerts) -> ExitCode:
     """A run, and where a stage has another layout the rest of it anew from the checkpoint that was just saved."""
     stop_asked = False
-    while True:
-        run = Run(config, layout, ranks, alerts)
-        run.stop_asked |= stop_asked
-        code = run.go()
-        if run.next_layout is None and not run.goes_back:
-            return code
-        config, layout, stop_asked = run.config, run.next_layout or layout, run.stop_asked
-        del run  # the model of the old layout, and all that uses its groups
-        gc.collect()
-        ranks = process_groups.rearrange(layout, config.train.seed)
+    with Watchdog(config.recovery.watchdog_s, Path(config.run.dir) / "log", ranks.rank) as watchdog:
+        while True:
+            run = Run(config, layout, ranks, watchdog, alerts)
+            run.stop_asked |= stop_asked
+            code = run.go()
+            watchdog.rest()
+            watchdog.more.clear()
+            if run.next_layout is None and not run.goes_back:
+                return code
+            config, layout, stop_asked = run.config, run.next_layout or layout, run.stop_asked
+            del run  # the model of the old layout, and all that uses its groups
+            gc.collect()
+            ranks = process_groups.rearrange(layout, config.train.seed)
 
 
 class Run:
     """One process's part of a run."""
 
     def __init__(
-        self, config: RunConfig, layout: Layout, ranks: process_groups.Ranks, alerts: Alerts | None = None
+        self,
+        config: RunConfig,
+        layout: Layout,
+        ranks: process_groups.Ranks,
+        watchdog: Watchdog,
+        alerts: Alerts | None = None,
     ) -> None:
-        self.config, self.layout, self.ranks, self.alerts = config, layout, ranks, alerts
+        self.config, self.layout, self.ranks = config, layout, ranks
+        self.watchdog, self.alerts = watchdog, alerts
         self.run_dir = Path(config.run.dir)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir)
+        self.second = open_second_place(config.checkpoint)
         self.rejects = Rejects(self.run_dir)
         exchange.only_first_rank(self._open_folder, ranks.rank)
         self.scheduler = exchange.first_rank_first(self._open_scheduler, ranks.rank)
@@ -120,7 +133,14 @@ class Run:
         vocab_size = padded_vocab_size(config, tokens)
         check_vocabulary(vocab_size, tokens)
         self.held_out = self._read_held_out()
+        # Not before: reading the data for the first time may take hours.
+        watchdog.more["data loader"] = lambda: f"next step {self.scheduler.next_step}, {self.scheduler.names}"
+        watchdog.beat("building the model")
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
+        self.state.beat = watchdog.beat
+        self.stragglers = Stragglers(
+            config.recovery, ranks, self.state.chunks[0].config, comparable=not layout.fully_sharded
+        )
         self.state.guard = new_guard(config.recovery, self.scheduler.journal, config.train.precision)
         self.selection = exchange.agree(lambda: open_selection(config, layout, ranks, self.scheduler.encoder))
         self.done = checkpoint.Progress(0, 0)
@@ -141,6 +161,7 @@ class Run:
         steps, first = self.config.train.steps, self.done.step
         if first >= steps:
             self._say(f"{self.run_dir} is at step {first}; train.steps={steps} is done. Raise it to go on.")
+            self.saves.copies.finish(self.watchdog.beat)
             return ExitCode.DONE
         exchange.only_first_rank(self._write_config, self.ranks.rank)
         with closing(self._open_sinks()) as sinks:
@@ -148,11 +169,11 @@ class Run:
             self.scheduler.close()
             if self.done.step == steps and not self.goes_back:
                 self.scheduler.journal.append("run_finished", self.done.step, {"tokens": self.done.tokens}, "system")
+            self.scheduler.journal.close()
         return code
 
     def _go_with(self, sinks: Sequence[Sink], first: int, resumed: bool) -> ExitCode:
         with (
-            self._watchdog() as self.watchdog,
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
             stopping_on_signals(self._ask_to_stop),
             Progress(self.config.train.steps, first, self._shows_progress(), given=self._tokens_before) as progress,
@@ -187,6 +208,11 @@ class Run:
         if stop or halt or self.next_layout is not None:
             self._save()
         self.saves.finish(self.scheduler)
+        if not self.goes_back and self.next_layout is None:
+            self.saves.copies.finish(self.watchdog.beat)
+        self.saves.copies.close()
+        if self.goes_back or self.next_layout is not None:
+            self.live.pausing = "the run goes on from its checkpoint in a moment; nothing was changed, ask again"
         if self.goes_back:
             return ExitCode.RECOVERABLE
         if self.next_layout is not None:
@@ -216,6 +242,7 @@ class Run:
             )
             if not writing:
                 self.saves.finish(self.scheduler)
+            self.saves.copies.hear()
             if asked:
                 self._obey(progress)
             paused = setting(self.scheduler, "paused", False) and self.done.step < self.config.train.steps
@@ -229,8 +256,10 @@ class Run:
 
     def _obey(self, progress: Progress) -> None:
         """Let every rank take the commands that wait."""
+        self.watchdog.beat(f"commands before step {self.done.step}")
         for decision, by in self.live.obey(Stand(self.scheduler, self.config.train.steps, self.done.tokens)):
             kind, step = decision.kind, decision.step
+            self.watchdog.beat(f"command {kind}")
             if by != "system":
                 self._tell(progress, f"{kind} from step {step} on, by {by}: {decision.data['why']}".rstrip(": "))
             if kind == "source_added":
@@ -267,6 +296,7 @@ class Run:
         if self.state.guard is not None:
             self.state.guard.begin(batch.step)
             lr *= self.state.guard.lr_scale(batch.step)
+        self.stragglers.begin(batch.step)
         if self.selection is None:
             result = train_step(self.state, microbatches, lr)
         else:
@@ -297,6 +327,7 @@ class Run:
             is_fp16=self.config.train.precision == "fp16",
         )
         record = step_record(result, at, losses, tokens, self.scheduler.names)
+        record |= self.stragglers.after(batch.step, self._note)
         if self.vitals is not None:
             record |= self.vitals.read(self.scheduler.names)
         ranks_every = self.config.metrics.ranks_every
@@ -310,7 +341,7 @@ class Run:
         if result.skipped and not math.isfinite(result.grad_norm):
             self._tell(progress, f"step {batch.step}: gradient not finite (loss {result.loss}); update skipped")
         journal, tell = self.scheduler.journal, self._note
-        self.goes_back = check_health(self.config.recovery, self.state, batch.step, self._newest, journal, tell)
+        self.goes_back = check_health(self.config.recovery, self.state, batch.step, self._ways_back, journal, tell)
 
     def _exhausted(self, batch: Batch) -> list[str]:
         """Sources that every lane of every rank has given `max_epochs` times."""
@@ -362,20 +393,18 @@ class Run:
         self.watchdog.beat(f"checkpoint of step {self.done.step}")
         self.saves.save(self.state, self.scheduler, self.done, behind=behind)
 
-    def _newest(self) -> int:
-        """Step of the newest checkpoint, that which is being written included."""
-        self.saves.finish(self.scheduler)
-        return self.saves.newest()
+    def _ways_back(self) -> WaysBack:
+        return self.saves.ways_back(self.scheduler, self.second)
 
     def _resume(self) -> bool:
         """Load the newest checkpoint, if there is one."""
-        if self.config.checkpoint.verify:
-            latest = newest_whole(self.checkpoints, self.ranks, self._say)
-        else:
-            latest = exchange.from_first_rank(self.checkpoints.latest, self.ranks.rank)
+        latest = newest_whole(
+            self.checkpoints, self.ranks, self._say, self.second, self.config.checkpoint.verify, self.watchdog.beat
+        )
         if latest is None:
             exchange.only_first_rank(lambda: Snapshots(self.run_dir).drop_after(0), self.ranks.rank)
             return False
+        self.watchdog.beat(f"loading {latest}")
         self.done, data_state = exchange.agree(lambda: checkpoint.load(latest, self.state))
         exchange.only_first_rank(lambda: Snapshots(self.run_dir).drop_after(self.done.step), self.ranks.rank)
         if data_state is None:  # weights from elsewhere: the run itself has not begun
@@ -383,6 +412,7 @@ class Run:
             return False
         self.scheduler.load_state_dict(data_state)
         self.saves.saved_at = self.done.step
+        self.saves.copies.send(latest)  # in case the run ended before that was done
         reach("run: resumed")
         self._say(f"resuming {self.run_dir} at step {self.done.step} from {latest}")
         return True
@@ -391,6 +421,8 @@ class Run:
 
     def _open_folder(self) -> None:
         (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
+        if self.second is not None:
+            restore_journal(self.second, self.run_dir, self.config.run.model_dump(), self._say)
         latest = self.checkpoints.latest()
         if latest is None or (self.run_dir / "journal.jsonl").exists():
             return
@@ -431,13 +463,6 @@ class Run:
         counts = self.rejects.add(every)
         if counts:
             self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
-
-    def _watchdog(self) -> Watchdog:
-        def position() -> str:
-            return f"next step {self.scheduler.next_step}, {self.scheduler.names}"
-
-        log, rank = self.run_dir / "log", self.ranks.rank
-        return Watchdog(self.config.recovery.watchdog_s, log, rank, {"data loader": position})
 
     def _shows_progress(self) -> bool:
         return self.config.metrics.progress and self.ranks.rank == 0

@@ -10,7 +10,11 @@ from parallel.process_groups import Ranks
 from pretrain.checkpoint import Checkpoints, Progress
 from pretrain.checkpoint_saving import Saving
 from pretrain.config import CheckpointConfig
+from pretrain.recovery.copies import Copies
 from pretrain.recovery.fault_points import reach
+from pretrain.recovery.manifest import set_aside
+from pretrain.recovery.rollback import WaysBack
+from pretrain.recovery.second_place import SecondPlace
 from pretrain.step import TrainState
 
 
@@ -23,6 +27,7 @@ class Saves:
         """`tell`: hears of what people should know."""
         self._checkpoints, self._config, self._ranks, self._tell = checkpoints, config, ranks, tell
         self._saving: Saving | None = None
+        self.copies = Copies(config, checkpoints.run_dir, ranks.rank, tell)
         self.saved_at = -1
         """Step of the newest checkpoint that was begun or loaded."""
 
@@ -46,21 +51,39 @@ class Saves:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
-        path = self._checkpoints.end(saving, self._config)
+        path = self._checkpoints.end(saving, self._config, self.copies.unfinished)
         event = {"path": str(path.relative_to(self._checkpoints.run_dir)), "tokens": saving.tokens}
         scheduler.journal.append("checkpoint", saving.step, event, "system")
         reach("checkpoint: journaled")
         self._tell(f"checkpoint at step {saving.step}: {path}")
+        self.copies.send(path)
 
     def abandon(self) -> None:
         """The run ends by an error: end the writing on this rank. Its folder stays without its name."""
         if self._saving is not None:
             self._saving.abandon()
+        self.copies.close()
 
-    def newest(self) -> int:
-        """Step of the newest complete checkpoint; 0 without one."""
+    def ways_back(self, scheduler: Scheduler, second: SecondPlace | None) -> WaysBack:
+        """The checkpoints that the loss guard may go back to, that which is being written included."""
+        self.finish(scheduler)
         steps = exchange.from_first_rank(self._checkpoints.steps, self._ranks.rank)
-        return steps[-1] if steps else 0
+        return WaysBack(steps[::-1] or [0], lambda to: self._give_up_after(to, second))
+
+    def _give_up_after(self, to: int, second: SecondPlace | None) -> None:
+        """Set the checkpoints of steps after `to` aside, here and in the second place, so that it is the newest."""
+        self.copies.close()
+
+        def give_up() -> None:
+            for step in self._checkpoints.steps():
+                if step > to:
+                    set_aside(self._checkpoints.path(step), "given-up")
+            if second is not None:
+                for step in second.steps():
+                    if step > to:
+                        second.remove(step)
+
+        exchange.only_first_rank(give_up, self._ranks.rank)
 
     def _data_state(self, scheduler: Scheduler) -> dict[str, Any]:
         """The scheduler's state with every rank's lanes."""

@@ -54,6 +54,8 @@ class TrainState:
     """Moving averages over measured steps."""
     guard: LossGuard | None = None
     """Judges the step at hand before its update; None: nobody does."""
+    beat: Callable[[str], None] | None = None
+    """Hears of every micro-batch of an evaluation, which may take longer than any step."""
 
     @property
     def stored(self) -> list[Any]:
@@ -186,6 +188,8 @@ def _run(
     forward_step: Callable[..., Any] = partial(_forward_step, state.num_sources, weight, summed)
     if measurement is not None:
         forward_step = measurement.during(forward_step)
+    if forward_only and state.beat is not None:
+        forward_step = partial(_beating_step, state.beat, forward_step)
     reports = run_schedule(state, microbatches, forward_step, forward_only)
     rows = 3 if mtp is None else 6
     total = torch.zeros(rows, state.num_sources, dtype=torch.int64, device=accelerator.device())
@@ -194,6 +198,13 @@ def _run(
     process_groups.sum_over_data_parallel(total)
     result: npt.NDArray[np.int64] = process_groups.broadcast_from_last_stage(total).cpu().numpy()
     return result
+
+
+def _beating_step(
+    beat: Callable[[str], None], forward_step: Callable[..., Any], inputs: Iterator["Placed"], model: Any
+) -> Any:
+    beat("a micro-batch of an evaluation")
+    return forward_step(inputs, model)
 
 
 def run_schedule(

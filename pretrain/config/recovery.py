@@ -41,7 +41,13 @@ class RecoveryConfig(StrictModel):
 
     watchdog_s: Annotated[float, Field(ge=0)] = 540.0
     """A process that makes no progress for so many seconds writes its stacks to `<run>/log/watchdog-rank-*.txt` and
-    ends with exit code 5. Longer than the longest step, evaluation or save; 0: no watchdog."""
+    ends with exit code 5. Longer than the longest step or save, and than reading the largest file of a checkpoint;
+    0: no watchdog."""
     replicas_every: NonNegative = 0
     """Compare the weights of ranks that should hold the same every so many steps; 0: never."""
+    stragglers_every: NonNegative = 50
+    """Compare how long ranks compute before they meet, every so many steps; 0: never. With `parallel.fully_sharded`
+    ranks meet at every layer, and it does nothing."""
+    straggler_factor: Annotated[float, Field(gt=1)] = 1.5
+    """A rank that takes longer than this many times the median of those that do the same work is a straggler."""
     loss_guard: LossGuardConfig = LossGuardConfig()

@@ -1,6 +1,7 @@
 """A whole run's configuration, and its stages."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -78,8 +79,18 @@ class RunConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _copies_go_elsewhere(self) -> "RunConfig":
+        place = self.checkpoint.copy_to
+        if place is not None and "://" not in place:
+            run, there = Path(self.run.dir).resolve(), Path(place).resolve()
+            if there == run or run in there.parents:
+                raise ValueError(f"checkpoint.copy_to: {place} is in the run's own folder; name a place elsewhere")
+        return self
+
+    @model_validator(mode="after")
     def _replicas_are_there(self) -> "RunConfig":
-        if self.recovery.replicas_every and self.parallel.fully_sharded:
+        layouts = [self.parallel, *(stage.parallel for stage in self.stages if stage.parallel is not None)]
+        if self.recovery.replicas_every and any(each.fully_sharded for each in layouts):
             raise ValueError("recovery.replicas_every: with parallel.fully_sharded no rank holds what another does; 0")
         return self
 

@@ -161,3 +161,10 @@ class CheckpointConfig(StrictModel):
     verify: bool = True
     """Before a checkpoint is loaded, compare its files with the checksums written with it; when they differ, set it
     aside and go on from the one before."""
+    copy_to: str | None = None
+    """A folder, or a URL that fsspec knows (`s3://bucket/cod`), of this run alone: finished checkpoints are copied
+    there by a process beside the run, and a run that lacks them, or finds them damaged, fetches them from there."""
+    copy_keep_last: NonNegative = 2
+    """Newest copies kept in `copy_to`, and with them those of `keep_every`; 0 keeps all."""
+    copy_wait_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds for which the end of the run, or a signal's exit, waits for a copy that is being made."""

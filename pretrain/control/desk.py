@@ -120,14 +120,15 @@ class Desk:
                 break  # those that follow may name it, once it is there
         return taken
 
-    def close(self, reason: str | None) -> None:
-        """Take no more requests; with a `reason`, refuse those that wait, otherwise leave them for the next start."""
+    def close(self, reason: str | None, otherwise: str) -> None:
+        """Take no more requests; with a `reason`, refuse those that wait, otherwise leave them for the next start, but
+        for those that came by HTTP, which are refused with `otherwise`."""
         self._inbox.stop()
         if self._server is not None:
             self._server.stop()
         for request, _, via, answer in self._drained():
             if reason or via != "file":
-                answer(_refused(request, reason or "the run has ended; nothing was changed"))
+                answer(_refused(request, reason or otherwise))
 
     def _drained(self) -> list[tuple[Request, str, str, Callable[[Answer], None]]]:
         drained = []

@@ -25,6 +25,8 @@ class Live:
         self._desk: Desk | None = None
         self.over: str | None = None
         """Why commands that still wait at the end are refused; None: they are left for the run's next start."""
+        self.pausing = "the run has ended; nothing was changed"
+        """What those are told then that cannot be left."""
 
         def open_desk() -> None:
             self._desk = Desk(config, run_dir)
@@ -59,7 +61,7 @@ class Live:
     def __exit__(self, *_: object) -> None:
         """Take no more commands. Those that wait are refused when the run is done, else left for its next start."""
         if self._desk is not None:
-            self._desk.close(self.over)
+            self._desk.close(self.over, self.pausing)
             self._desk = None
 
 

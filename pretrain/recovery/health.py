@@ -7,7 +7,7 @@ from pretrain.config.recovery import RecoveryConfig
 from pretrain.data_parallel import gather_weights
 from pretrain.recovery.loss_guard import LossGuard
 from pretrain.recovery.replicas import check_replicas
-from pretrain.recovery.rollback import after_step
+from pretrain.recovery.rollback import WaysBack, after_step
 from pretrain.step import TrainState
 
 
@@ -22,17 +22,18 @@ def check_health(
     config: RecoveryConfig,
     state: TrainState,
     step: int,
-    newest: Callable[[], int],
+    ways_back: Callable[[], WaysBack],
     journal: Journal,
     tell: Callable[[str], None],
 ) -> bool:
-    """Look at what `step` left behind; True: the run is to go back to its newest checkpoint. Every rank calls this.
+    """Look at what `step` left behind; True: the run is to go on anew from its newest checkpoint.
 
+    Every rank calls this.
     Raises NoWayOn (`rollback.py`), ReplicasDiffer (`replicas.py`).
     """
     goes_back = False
     if state.guard is not None:
-        goes_back = after_step(state.guard, config.loss_guard.policy, step, newest, journal, tell)
+        goes_back = after_step(state.guard, config.loss_guard.policy, step, ways_back, journal, tell)
     due = config.replicas_every and (step + 1) % config.replicas_every == 0
     if due and not state.layout.fully_sharded:  # where no rank holds what another does
         gather_weights(state.wrapped)  # with overlap_param_gather they are on their way

@@ -20,7 +20,9 @@ What happens then, `policy`:
              If the anomaly does not come back, it was no property of data and weights: hardware, most likely. If it
              does, the run goes back once more, and the updates of the anomalous step and of the `quarantine - 1` steps
              before it are left out this time (PaLM, arXiv 2204.02311, section 5.1, went back and skipped 200 to 500
-             batches). Both findings are journaled. `lr_factor` slows the `lr_steps` steps after the window.
+             batches). Both findings are journaled. `lr_factor` slows the `lr_steps` steps after the window. When no
+             attempt from the newest checkpoint helps, its weights may be what is wrong: it is set aside, and the run
+             goes back to the one before it, once to each.
 """
 
 import math
@@ -133,10 +135,16 @@ class LossGuard:
         near = any(last < step <= last + config.lr_steps for _, last in windows)
         return config.lr_factor if near else 1.0
 
-    def decide(self, anomaly: Anomaly, to: int) -> Rollback | None:
-        """What to do about an anomaly under the policy `rollback`, the newest checkpoint being of step `to`; None when
-        nothing more can be done."""
-        step, most = anomaly.step, self._config.max_attempts
+    def decide(self, anomaly: Anomaly, checkpoints: Sequence[int]) -> Rollback | None:
+        """What to do about an anomaly under the policy `rollback`; `checkpoints`: steps of the complete ones, newest
+        first, [0] without any. None when nothing more can be done."""
+        decision = self._from_newest(anomaly.step, checkpoints[0])
+        for newer, to in pairwise(checkpoints):
+            decision = decision or self._from_older(anomaly.step, to, newer)
+        return decision
+
+    def _from_newest(self, step: int, to: int) -> Rollback | None:
+        most = self._config.max_attempts
         tried = [each for each in self._rollbacks if each.anomaly == step and each.to >= 0]
         # Two steps' worth of attempts without a new checkpoint: the trouble moves on with the run.
         if len(tried) > most or sum(each.to == to for each in self._rollbacks) >= 2 * (most + 1):
@@ -148,6 +156,17 @@ class LossGuard:
         if tried[-1].passed_over == (first, step):
             return None  # the same again would be no other
         return Rollback(step, len(tried) + 1, (first, step), "data or optimisation", to)
+
+    def _from_older(self, step: int, to: int, newer: int) -> Rollback | None:
+        """Once from every older checkpoint: what is wrong may be in the weights of the `newer` one, so the updates that
+        led to it are left out as well."""
+        if any(
+            each.to == to and each.passed_over is not None and each.passed_over[1] >= newer for each in self._rollbacks
+        ):
+            return None
+        attempt = 1 + sum(each.anomaly == step and each.to >= 0 for each in self._rollbacks)
+        window = (max(to, newer - self._config.quarantine), step)
+        return Rollback(step, attempt, window, "data or optimisation", to)
 
     def not_reproduced(self, step: int) -> Rollback | None:
         """The finding, once `step` has gone well the second time: its anomaly was not of data and weights."""

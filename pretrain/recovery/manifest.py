@@ -10,12 +10,12 @@ before it is used: each rank a part of them. `checkpoint.verify: false` spares i
 
 import errno
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from headrace.errors import CheckpointError
-from parallel.background_write import FileSum, file_sum
+from parallel.file_sum import FileSum, file_sum
 
 NAME = "manifest.json"
 GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
@@ -30,12 +30,11 @@ def write_manifest(folder: Path, known: Mapping[str, FileSum]) -> None:
     """Sum up what is in `folder` besides what is `known`, and write it all down. Raises OSError."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     sums = {name: known.get(name) or file_sum(folder / name) for name in names if name != NAME}
-    text = json.dumps({"files": {name: asdict(each) for name, each in sums.items()}}, indent=1)
-    (folder / NAME).write_text(text, encoding="utf-8")
+    (folder / NAME).write_text(as_text(sums), encoding="utf-8")
 
 
-def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Hold every `parts`-th file of a checkpoint against its sum.
+def verify(folder: Path, part: int = 0, parts: int = 1, beat: Callable[[str], None] = lambda _: None) -> None:
+    """Hold every `parts`-th file of a checkpoint against its sum; `beat` hears of each.
 
     Raises DamagedCheckpoint naming the first that differs. A checkpoint without a manifest, of a version before there
     were any, passes.
@@ -43,7 +42,8 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
     manifest = folder / NAME
     if not manifest.exists():
         return
-    for name, wanted in list(_sums(manifest).items())[part::parts]:
+    for name, wanted in list(sums_of(folder).items())[part::parts]:
+        beat(f"comparing {folder / name} with its checksum")
         try:
             found = file_sum(folder / name)
         except OSError as error:
@@ -58,25 +58,41 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
             raise DamagedCheckpoint(f"{folder}: {name} is not what was written (its SHA-256 differs)")
 
 
-def _sums(manifest: Path) -> dict[str, FileSum]:
+def sums_of(folder: Path) -> dict[str, FileSum]:
+    """What the files of a checkpoint must be like, by their paths in `folder`. Raises DamagedCheckpoint."""
+    manifest = folder / NAME
     try:
-        entries = json.loads(manifest.read_bytes())["files"]
-        sums = {str(name): FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        text = manifest.read_bytes()
+    except OSError:
         raise DamagedCheckpoint(f"{manifest}: cannot be read") from None
+    return parse(text, str(manifest))
+
+
+def parse(text: bytes, where: str) -> dict[str, FileSum]:
+    """What a manifest says; `where` it was read, for the error. Raises DamagedCheckpoint."""
+    try:
+        entries = json.loads(text)["files"]
+        sums = {str(name): FileSum(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpoint(f"{where}: cannot be read") from None
     for name in sums:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DamagedCheckpoint(f"{manifest}: names a file outside the checkpoint: {name}")
+            raise DamagedCheckpoint(f"{where}: names a file outside the checkpoint: {name}")
     return sums
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that no run takes it, and keep it for whoever wants to look; its new path."""
-    aside = folder.with_name(folder.name + ".damaged")
+def as_text(sums: Mapping[str, FileSum]) -> str:
+    """A manifest that says `sums`."""
+    return json.dumps({"files": {name: asdict(each) for name, each in sums.items()}}, indent=1)
+
+
+def set_aside(folder: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint so that no run takes it, and keep it for whoever wants to look; its new path."""
+    aside = folder.with_name(f"{folder.name}.{why}")
     number = 1
     while aside.exists():
         number += 1
-        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+        aside = folder.with_name(f"{folder.name}.{why}-{number}")
     folder.rename(aside)
     return aside
 

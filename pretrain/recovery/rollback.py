@@ -1,6 +1,7 @@
 """What a run does about an anomaly that its loss guard has found: say it, journal it, and go back if that is wanted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from data_scheduler.journal import Journal
 from headrace.errors import HeadraceError
@@ -11,13 +12,28 @@ class NoWayOn(HeadraceError):
     """The loss went wrong at the same step again and again."""
 
 
-def after_step(
-    guard: LossGuard, policy: str, step: int, newest: Callable[[], int], journal: Journal, tell: Callable[[str], None]
-) -> bool:
-    """Deal with what the guard found in `step`, which is over; True: the run is to go back to its newest checkpoint.
+@dataclass(frozen=True)
+class WaysBack:
+    """Where a run can go back to."""
 
-    Every rank calls this, with a journal of which rank 0 writes. `newest`: the step of that checkpoint, 0 without one.
-    Raises NoWayOn when the guard has no attempt left.
+    steps: Sequence[int]
+    """Of its complete checkpoints, newest first; [0] without any."""
+    give_up_after: Callable[[int], None]
+    """Sets those after a step aside; every rank calls it."""
+
+
+def after_step(
+    guard: LossGuard,
+    policy: str,
+    step: int,
+    ways_back: Callable[[], WaysBack],
+    journal: Journal,
+    tell: Callable[[str], None],
+) -> bool:
+    """Deal with what the guard found in `step`, which is over; True: the run is to go on anew from its newest
+    checkpoint, those that the guard gave up being set aside.
+
+    Every rank calls this, with a journal of which rank 0 writes. Raises NoWayOn when the guard has no attempt left.
     """
     anomaly = guard.anomaly
     if anomaly is None:
@@ -32,14 +48,17 @@ def after_step(
         journal.append("anomaly", step, _data(anomaly) | {"action": action}, "system")
         tell(f"step {step}: {anomaly.why}; {action}")
         return False
-    to = newest()
-    decision = guard.decide(anomaly, to)
+    back = ways_back()
+    decision = guard.decide(anomaly, back.steps)
     if decision is None:
         raise NoWayOn(
             f"step {step}: {anomaly.why}, still, with the updates of ever more steps before it left out; look at the "
             "batch (`headrace data trace`), lower the learning rate, or set recovery.loss_guard.policy to skip_step"
         )
+    to = decision.to
     journal.append("rollback", to, decision.data(anomaly), "system")
+    if to != back.steps[0]:
+        back.give_up_after(to)
     if decision.passed_over is None:
         tell(f"step {step}: {anomaly.why}; back to step {to}, to see whether it comes again")
     else:

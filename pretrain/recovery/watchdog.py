@@ -1,8 +1,12 @@
 """A process that makes no progress says where it stands, and ends with exit code 5, so that a launcher can start anew.
 
-    with Watchdog(timeout_s=540, folder=run_dir / "log", rank=3, more={"data loader": scheduler.describe}) as watchdog:
+    with Watchdog(timeout_s=540, folder=run_dir / "log", rank=3) as watchdog:
+        watchdog.more["data loader"] = scheduler.describe
         for step in ...:
             watchdog.beat(f"step {step}")
+        watchdog.rest()
+
+It watches from the first beat on, and not while it rests.
 
 A step that takes longer than `timeout_s` is taken for a hang: a peer that was stopped or lost its network, a collective
 that not all ranks entered, a file system that does not answer. What the process was doing goes to
@@ -16,6 +20,7 @@ having been written by `faulthandler`, which needs no lock.
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import threading
@@ -23,7 +28,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import torch
 
@@ -45,10 +50,12 @@ class Watchdog:
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self._timeout_s, self._folder, self._rank = timeout_s, folder, rank
-        self._more, self._end = dict(more or {}), end
-        self._last, self._doing = time.monotonic(), "start"
+        self.more, self._end = dict(more or {}), end
+        """What else to ask when it has to report, by name."""
+        self._last, self._doing = math.inf, "start"
         self._over = threading.Event()
         self._stacks: IO[str] | None = None
+        self._alarm: Any = signal.SIG_DFL
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     @property
@@ -60,29 +67,43 @@ class Watchdog:
         """This process makes progress; `doing` is what it turns to now."""
         if not self._timeout_s:
             return
+        if self._stacks is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            name = self._folder / f".stacks-rank-{self._rank:05d}.txt"
+            self._stacks = open(name, "w", encoding="utf-8")  # noqa: SIM115  (closed at the exit)
+            # A handler of somebody else's, pytest-timeout's for one, would keep the kernel from ending us.
+            self._alarm = signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self._last, self._doing = time.monotonic(), doing
         self._arm()
 
+    def rest(self) -> None:
+        """Nothing is to be watched until the next beat."""
+        self._last = math.inf
+        if self._stacks is not None:
+            self._disarm()
+
     def __enter__(self) -> Self:
         if self._timeout_s:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._stacks = open(self._folder / f".stacks-rank-{self._rank:05d}.txt", "w", encoding="utf-8")
-            self._last = time.monotonic()
-            self._arm()
             self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stacks is None:
+        if not self._timeout_s:
             return
         self._over.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._stacks is None:
+            return
+        self._disarm()
+        signal.signal(signal.SIGALRM, self._alarm)
         self._stacks.close()
         Path(self._stacks.name).unlink(missing_ok=True)
+
+    def _disarm(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _arm(self) -> None:
         assert self._stacks is not None
@@ -108,7 +129,7 @@ class Watchdog:
                 f"rank {self._rank}, process {os.getpid()}: no progress for {quiet:.0f} s since: {self._doing}",
                 file=file,
             )
-            for name, tell in self._more.items():
+            for name, tell in self.more.items():
                 print(f"\n{name}:\n{_told(tell)}", file=file)
             print(f"\nlast collectives:\n{_told(_collectives)}", file=file)
             print("\nstacks:", file=file, flush=True)

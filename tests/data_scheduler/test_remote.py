@@ -16,6 +16,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from s3_server import s3_server
 from small_corpus import jsonl, make_documents
 from token_files import write_ds, write_megatron
 
@@ -131,23 +132,9 @@ def serve() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
-    """A bucket of an S3 server that runs here; fsspec is told about it as a user would, through the environment."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("FSSPEC_S3_KEY", "key")
-        patch.setenv("FSSPEC_S3_SECRET", "secret")
-        patch.setattr(fsspec.config, "conf", {})
-        fsspec.config.set_conf_env(fsspec.config.conf)
-        patch.setattr("fsspec.spec.apply_config", partial(fsspec.config.apply_config, conf_dict=fsspec.config.conf))
-        system = fsspec.filesystem("s3")
-        system.mkdir("corpus")
+    """A bucket of an S3 server that runs here."""
+    with s3_server("corpus") as system:
         yield system
-    server.stop()
 
 
 def stream(root: str, tokenizer: Path, only: str | None = None) -> list[str]:

@@ -6,6 +6,7 @@ docs/operations.md of it.
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -94,6 +95,102 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(
     case(f"disk full, {point}", "one line, exit code 2; started again when there is room: the same curve")
 
 
+def test_a_folder_that_becomes_read_only_is_one_line_and_what_was_saved_stays(
+    run_config: Make, whole: list[dict[str, Any]], case: Case
+) -> None:
+    config = run_config("run", checkpoint__behind=False)
+    code, text = failing(config, "checkpoint: begun=readonly,hit2"), log_of(config).read_text()
+    assert code == ExitCode.USER_ERROR, text
+    assert "checkpoint of step 8 not written: Read-only file system" in text
+    assert "Traceback" not in text
+    assert checkpoint.Checkpoints(config.run.dir).steps() == [4]
+    goes_on_as_if_nothing_had_been(config, whole)
+    case("run folder becomes read-only", "one line, exit code 2; started again when it can be written: the same curve")
+
+
+def test_a_data_file_that_is_gone_is_one_line_and_when_it_is_back_the_run_goes_on(
+    run_config: Make, whole: list[dict[str, Any]], case: Case, tmp_path: Path
+) -> None:
+    data = run_config("run").data.model_dump(exclude={"stages"})
+    shutil.copytree(Path(data["tokenizer"]).parent, tmp_path / "corpus")
+    for source in data["sources"]:
+        source["paths"] = source["val_paths"] = [str(tmp_path / "corpus" / source["name"])]
+    config = run_config("run", data=data, checkpoint__behind=False)
+    assert failing(config, "step: recorded=kill,hit7") == -signal.SIGKILL
+    gone, kept = tmp_path / "corpus" / "b" / "1.jsonl.zst", tmp_path / "kept"
+    gone.rename(kept)
+    code, text = failing(config, ""), log_of(config).read_text()
+    assert code in (ExitCode.USER_ERROR, ExitCode.DATA_ERROR), text
+    assert str(gone) in text
+    assert "Traceback" not in text
+    kept.rename(gone)
+    goes_on_as_if_nothing_had_been(config, whole)
+    case("a data file vanishes", "started again: one line that names it; when it is back: the same curve")
+
+
+def test_a_damaged_token_cache_is_made_again(
+    run_config: Make, whole: list[dict[str, Any]], case: Case, tmp_path: Path
+) -> None:
+    data = run_config("run").data.model_dump(exclude={"stages"}) | {"token_cache": str(tmp_path / "tokens")}
+    config = run_config("run", data=data, checkpoint__behind=False)
+    assert failing(config, "step: recorded=kill,hit7") == -signal.SIGKILL
+    cached = {path: path.read_bytes() for path in (tmp_path / "tokens").rglob("*") if path.is_file()}
+    assert cached
+    for path, whole_file in cached.items():
+        content = bytearray(whole_file)
+        content[len(content) * 3 // 4] ^= 1
+        path.write_bytes(content)
+    goes_on_as_if_nothing_had_been(config, whole)
+    assert any(path.read_bytes() == whole_file for path, whole_file in cached.items())  # those that were needed
+    case("token cache damaged", "one warning a chunk, tokenized again; the same curve")
+
+
+@pytest.mark.parametrize("jump_s", [3e7, -3e7])
+def test_a_clock_that_jumps_changes_nothing(
+    run_config: Make, whole: list[dict[str, Any]], case: Case, jump_s: float
+) -> None:
+    """By a year in mid-run, and back for the run's next start."""
+    config, clock = run_config("run", recovery__watchdog_s=60.0), time.time
+
+    def run() -> int:
+        began = time.monotonic()
+        time.time = lambda: clock() + (jump_s if fault_points._fault and fault_points._fault.hits_left < 5 else 0.0)
+        assert time.monotonic() >= began
+        fault_points.ask("step: recorded=kill,hit10")
+        return train(config)
+
+    assert child_process.run(run, log_of(config)) == -signal.SIGKILL
+    goes_on_as_if_nothing_had_been(config, whole)
+    case(f"the clock jumps by {jump_s / 86400:+.0f} days", "nothing: no decision rests on it; the same curve")
+
+
+@pytest.mark.multiprocess
+def test_a_job_that_is_suspended_and_continued_goes_on(
+    run_config: Make, whole: list[dict[str, Any]], case: Case
+) -> None:
+    """As `scontrol suspend` does; shorter than the watchdog's time."""
+    config = run_config("run", recovery__watchdog_s=60.0)
+    port, metrics = str(free_port()), Path(config.run.dir) / "metrics.jsonl"
+
+    def start(rank: int) -> int:
+        def run() -> int:
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            return train(config)
+
+        return child_process.start(run, log_of(config))
+
+    pids = [start(rank) for rank in range(2)]
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(1.5)
+    assert [child_process.wait(pid) for pid in pids] == [0, 0], log_of(config).read_text()
+    same_to_rounding(config, whole)
+    case("all processes suspended and continued (SIGSTOP, SIGCONT)", "the run goes on; the same tokens")
+
+
 @pytest.mark.parametrize("damage", ["a flipped bit", "a torn file", "a missing file"])
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     run_config: Make, whole: list[dict[str, Any]], case: Case, damage: str
@@ -168,6 +265,10 @@ def test_a_rank_that_is_killed_ends_the_others_with_the_code_for_restart(
 def goes_on_as_if_nothing_had_been_to_rounding(config: RunConfig, whole: list[dict[str, Any]]) -> None:
     """Two processes sum up gradients in another order than one."""
     assert child_process.run(lambda: train(config), log_of(config)) == 0, log_of(config).read_text()
+    same_to_rounding(config, whole)
+
+
+def same_to_rounding(config: RunConfig, whole: list[dict[str, Any]]) -> None:
     for record, expected in zip(curve(config), whole, strict=True):
         assert record.get("batch_sha256") == expected.get("batch_sha256")
         if "loss" in record:

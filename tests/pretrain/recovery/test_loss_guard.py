@@ -92,7 +92,7 @@ def test_a_resumed_guard_judges_as_the_one_before(cut: int) -> None:
 
 def rollback_event(judging: LossGuard, step: int, to: int) -> Event | None:
     anomaly = Anomaly(step, "why", math.nan, 1.0)
-    decision = judging.decide(anomaly, to)
+    decision = judging.decide(anomaly, [to])
     return (
         None
         if decision is None
@@ -141,3 +141,24 @@ def test_an_anomaly_that_does_not_come_back_is_not_of_the_data() -> None:
 def test_a_window_that_could_never_fill_is_refused() -> None:
     with pytest.raises(ValueError, match="min_steps is more than window"):
         LossGuardConfig(window=16, min_steps=32)
+
+
+def test_when_nothing_helps_from_the_newest_the_older_ones_come_once_each() -> None:
+    events: list[Event] = []
+    found = []
+    for step in range(20, 60):  # the trouble moves on with the run
+        while True:
+            judging = guard("rollback", tuple(events), quarantine=2, max_attempts=1)
+            anomaly = Anomaly(step, "why", math.nan, 1.0)
+            decision = judging.decide(anomaly, [18, 12, 6])
+            if decision is None:
+                break
+            data = json.loads(json.dumps(decision.data(anomaly)))
+            events.append(Event(0, 0.0, decision.to, "rollback", data, "system"))
+            found.append((decision.to, decision.passed_over))
+            if decision.passed_over is not None:  # which makes this step go well
+                break
+        if decision is None:
+            break
+    assert [to for to, _ in found] == [18, 18, 18, 18, 12, 6]
+    assert found[4:] == [(12, (16, 22)), (6, (10, 23))]

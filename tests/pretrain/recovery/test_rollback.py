@@ -1,5 +1,6 @@
 """A run whose gradient goes wrong at one step: once (hardware), or whenever that step is trained (data)."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def trained(config: RunConfig, bad: Callable[[int], bool] = lambda _: False) -> 
             return original(optimizer, *args, **kwargs)
 
         step_module.update = wrong
-        return train(config)
+        code = train(config)
+        held = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink() and each.exists()]
+        assert not [name for name in held if name.endswith("journal.jsonl")]  # however often the run went back
+        return code
 
     log = Path(config.run.dir).with_suffix(".log")
     return child_process.run(run, log), log.read_text()
@@ -115,3 +119,22 @@ def test_trouble_without_end_ends_with_one_line(config: Callable[..., RunConfig]
     assert "headrace: error: step" in log
     assert "lower the learning rate" in log
     assert (Path(run.run.dir) / "checkpoints" / "step-00000018").is_dir()
+
+
+def test_what_no_attempt_from_the_newest_mends_is_tried_from_an_older_one(config: Callable[..., RunConfig]) -> None:
+    """Weights that a checkpoint holds may be what is wrong: here all that follows it goes wrong till it is given up."""
+    run = config("older", max_attempts=1)
+    saved = Path(run.run.dir) / "checkpoints"
+
+    def poisoned(step: int) -> bool:
+        return step >= BAD and not list(saved.glob("step-00000018.given-up"))
+
+    code, log = trained(run, poisoned)
+    assert code == 0, log
+    found = [(each["to"], each["passed_over"]) for each in rollbacks(run)]
+    assert found[-1][0] == 12
+    assert all(to == 18 for to, _ in found[:-1])
+    assert found[-1][1][0] == 16
+    assert "back to step 12, and the updates of steps 16 to" in log
+    assert (saved / "step-00000018").is_dir()  # made anew
+    assert [each["step"] for each in curve(run) if "loss" in each] == list(range(STEPS))

@@ -3,13 +3,21 @@
 import ctypes
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import child_process
 import pytest
+from small_run import maker
+from tiny_run import tiny_batch, tiny_config, tiny_state
 
+from data_scheduler import DataConfig
 from headrace.errors import ExitCode
+from parallel import process_groups
+from parallel.layout import Layout
+from pretrain import loop
 from pretrain.recovery.watchdog import Watchdog
+from pretrain.step import evaluate_step
 
 
 def stuck_here(seconds: float) -> None:
@@ -39,6 +47,44 @@ def test_a_hang_that_holds_pythons_lock_is_ended_by_the_kernel_with_stacks(tmp_p
 
     assert child_process.run(hang) == -signal.SIGALRM
     assert "hang" in (tmp_path / ".stacks-rank-00000.txt").read_text()
+
+
+def test_it_watches_from_the_first_beat_on_and_not_while_it_rests(tmp_path: Path) -> None:
+    def work() -> None:
+        with Watchdog(0.5, tmp_path, rank=0) as watchdog:
+            time.sleep(0.8)
+            watchdog.beat("step 1")
+            watchdog.rest()
+            time.sleep(0.8)
+            watchdog.beat("step 2")
+            stuck_here(60)
+
+    log = tmp_path / "log"
+    assert child_process.run(work, log) == ExitCode.WATCHDOG
+    assert "since: step 2" in log.read_text()
+
+
+def test_building_the_model_is_watched(data_config: Callable[..., DataConfig], tmp_path: Path) -> None:
+    config = maker(data_config, tmp_path)("run", recovery__watchdog_s=1.0)
+
+    def run() -> int:
+        loop.build_state = lambda *_: stuck_here(60)  # type: ignore[assignment]
+        return int(loop.train(config))
+
+    assert child_process.run(run, tmp_path / "log") == ExitCode.WATCHDOG
+    assert "since: building the model" in (tmp_path / "log").read_text()
+
+
+def test_every_micro_batch_of_an_evaluation_is_progress() -> None:
+    state = tiny_state(tiny_config(), Layout(1))
+    try:
+        beats: list[str] = []
+        state.beat = beats.append
+        microbatches = tiny_batch(0)
+        evaluate_step(state, microbatches)
+        assert len(beats) == len(microbatches) > 1
+    finally:
+        process_groups.shutdown()
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.6])
