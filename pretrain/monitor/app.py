@@ -223,6 +223,8 @@ def _batch(dashboard: Dashboard, request: Request) -> bytes:
         raise HTTPException(409, str(error)) from None
     except OSError as error:
         raise HTTPException(409, f"{error.filename or 'data'}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:  # a journal by another hand
+        raise HTTPException(409, f"the run's data cannot be opened ({type(error).__name__})") from None
     return orjson.dumps({"step": step, "documents": found})
 
 

@@ -215,7 +215,7 @@ def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The record's numbers under flat names: `loss`, `source_loss/code`."""
     for key, value in record.items():
         if value.__class__ is float or value.__class__ is int:
-            yield key, value
+            yield key[:LONGEST_NAME], value
         elif value.__class__ is dict:
             for inner, number in value.items():
                 if number.__class__ is float or number.__class__ is int:

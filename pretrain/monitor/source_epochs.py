@@ -28,6 +28,8 @@ def epochs(run: RunFolder) -> dict[str, Any]:
         return {"error": str(error)}
     except OSError as error:
         return {"error": f"{error.filename or 'data'}: {error.strerror}"}
+    except (ValueError, KeyError, TypeError) as error:  # a journal by another hand
+        return {"error": f"the run's data cannot be opened ({type(error).__name__})"}
 
 
 @lru_cache(maxsize=32)

@@ -11,9 +11,9 @@ export class ApiError extends Error {
 }
 
 async function answer<T>(response: Response): Promise<T> {
+  if (response.ok) return (await response.json()) as T;
   const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new ApiError(response.status, body.error ?? `the server answered ${response.status}`);
-  return body as T;
+  throw new ApiError(response.status, body.error ?? `the server answered ${response.status}`);
 }
 
 export async function get<T>(path: string, query: Record<string, unknown> = {}, signal?: AbortSignal): Promise<T> {

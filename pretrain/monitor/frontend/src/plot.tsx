@@ -66,16 +66,21 @@ export function Plot(props: Props) {
     watch.observe(element);
     return () => {
       watch.disconnect();
+      plot.current = null;
       made.destroy();
     };
   }, [form]);
   useEffect(() => {
     const made = plot.current!;
-    made.setData(joined(props), false);
-    const all = made.data[0];
+    const data = joined(props);
+    const all = data[0];
     const range = props.range ?? (all.length ? [all[0], all[all.length - 1]] : [0, 1]);
-    made.setScale("x", { min: range[0], max: range[1] > range[0] ? range[1] : range[0] + 1 });
-    made.redraw();
+    made.batch(() => {
+      made.setData(data, false);
+      made.setScale("x", { min: range[0], max: range[1] > range[0] ? range[1] : range[0] + 1 });
+    });
+    // After the new scale holds: lines and marks are drawn anew also where it is the old one.
+    queueMicrotask(() => plot.current === made && made.redraw());
   }, [form, props.lines, props.range, props.marks]);
   const key = (event: KeyboardEvent) => {
     const scale = plot.current!.scales.x;

@@ -6,7 +6,14 @@ import { type Line, type Mark, Plot, type Range } from "../plot";
 import { moment, short, whole } from "../text";
 
 const WINDOWS: [number, string][] = [[1, "none"], [10, "10 steps"], [100, "100 steps"], [1000, "1,000 steps"], [10000, "10,000 steps"]];
-const OTHERS = ["grad_norm", "lr", "loss_scale", "mtp_loss", "noise_scale"];
+const TITLES: Record<string, string> = {
+  grad_norm: "Gradient norm",
+  lr: "Learning rate",
+  loss_scale: "Loss scale",
+  mtp_loss: "Multi-token loss",
+  noise_scale: "Gradient noise scale",
+};
+const OTHERS = Object.keys(TITLES);
 
 export function RunPage({ detail, version }: { detail: Detail; version: unknown }) {
   const [axis, setAxis] = useState<"step" | "tokens">("step");
@@ -58,7 +65,7 @@ export function RunPage({ detail, version }: { detail: Detail; version: unknown 
       </Card>
       <div class="grid">
         {OTHERS.filter((name) => rest.data?.series[name]).map((name, number) => (
-          <Card key={name} title={name.replaceAll("_", " ")}>
+          <Card key={name} title={TITLES[name]}>
             <Other name={name} points={rest.data!.series[name]} number={number} plot={plot} />
           </Card>
         ))}
@@ -73,7 +80,7 @@ export function RunPage({ detail, version }: { detail: Detail; version: unknown 
 }
 
 function Other({ name, points, number, plot }: { name: string; points: Points; number: number; plot: object }) {
-  const drawn = useMemo(() => [{ label: name, colour: colour(number + 1), ...points }], [points]);
+  const drawn = useMemo(() => [{ label: TITLES[name].toLowerCase(), colour: colour(number + 1), ...points }], [points]);
   return <Plot title={name} lines={drawn} height={200} xLabel="step" {...plot} />;
 }
 
