@@ -9,6 +9,7 @@ import gc
 import math
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from pretrain.learning_rate import learning_rate
 from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
+from pretrain.monitor.serve import beside_run
 from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
 from pretrain.recovery.health import check_health, new_guard
@@ -138,6 +140,7 @@ class Run:
             self._watchdog() as self.watchdog,
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
             stopping_on_signals(self._ask_to_stop),
+            self._dashboard(),
             Progress(steps, first, self._shows_progress(), given=self._tokens_before) as progress,
         ):
             self.progress = progress
@@ -421,6 +424,9 @@ class Run:
 
         log, rank = self.run_dir / "log", self.ranks.rank
         return Watchdog(self.config.recovery.watchdog_s, log, rank, {"data loader": position})
+
+    def _dashboard(self) -> AbstractContextManager[None]:
+        return beside_run(self.config.monitor, self.run_dir, self._say) if self.ranks.rank == 0 else nullcontext()
 
     def _shows_progress(self) -> bool:
         return self.config.metrics.progress and self.ranks.rank == 0

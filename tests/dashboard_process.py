@@ -53,7 +53,7 @@ def stored_run(folder: Path, steps: int = 40, sources: tuple[str, ...] = ("code"
     journal = Journal(folder / "journal.jsonl")
     policy = {"kind": "static", "options": {}}
     journal.append("run_started", 0, {"version": "0", "data": {"policy": policy, "sources": configured}}, "config")
-    journal.append("mixture", 0, {"weights": {name: 1.0 for name in sources}}, "policy:static")
+    journal.append("mixture", 0, {"weights": dict.fromkeys(sources, 1.0)}, "policy:static")
     sink = JsonlSink.open(folder / "metrics.jsonl")
     for step in range(steps):
         loss = 6.0 - 4.0 * step / steps
@@ -64,7 +64,7 @@ def stored_run(folder: Path, steps: int = 40, sources: tuple[str, ...] = ("code"
             "source_tokens": {name: 1000 // len(sources) for name in sources},
         }  # fmt: skip
         sink.write(record | more)
-    sink.write({"step": steps, "val_loss": {name: 2.1 for name in sources}})
+    sink.write({"step": steps, "val_loss": dict.fromkeys(sources, 2.1)})
     sink.close()
     journal.append("run_finished", steps, {"tokens": 1000 * steps}, "system")
     journal.close()

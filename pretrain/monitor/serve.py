@@ -1,17 +1,19 @@
 """The dashboard as a process: in the foreground (`headrace dashboard`), or beside a run (`monitor.dashboard: true`)."""
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from headrace.errors import ConfigError
+from pretrain.config import MonitorConfig
+from pretrain.control.server import read_token
 from pretrain.monitor.access import check_address
 
 TOKEN_VARIABLE: Final = "HEADRACE_DASHBOARD_TOKEN"
@@ -73,33 +75,45 @@ def stay_beside(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-class BesideRun:
-    """A dashboard of one run, in a process of its own that ends with the run."""
+@contextlib.contextmanager
+def beside_run(config: MonitorConfig, run_dir: Path, note: Callable[[str], None]) -> Iterator[None]:
+    """With `monitor.dashboard`, a dashboard of the run while the block lasts; call on rank 0.
 
-    def __init__(self, run_dir: Path, host: str, port: int, token: str) -> None:
-        """Raises ConfigError for an address that cannot be used."""
-        check_address(host, token)
-        listen(host, port).close()
-        log = run_dir / "log"
-        log.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pretrain", "dashboard", str(run_dir), "--host", host, "--port", str(port)]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        with (log / "dashboard.log").open("wb") as output:
-            self._process = subprocess.Popen(
-                [*command, "--beside", str(os.getpid())],
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env=environment | {TOKEN_VARIABLE: token},
-                start_new_session=True,  # Ctrl-C is for the run, which ends the dashboard when it has saved
-            )
+    One that cannot listen is left out with a note: nobody may be watching, and the run matters more. Raises ConfigError
+    for a token file that cannot be used.
+    """
+    if not config.dashboard:
+        yield
+        return
+    token = read_token(config.token_file) if config.token_file else ""
+    try:
+        process = _start(config, run_dir, token)
+    except (ConfigError, OSError) as error:
+        note(f"monitor.dashboard: {error}; the run goes on without it")
+        yield
+        return
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
-    def close(self) -> None:
-        """End it."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+
+def _start(config: MonitorConfig, run_dir: Path, token: str) -> "subprocess.Popen[bytes]":
+    check_address(config.address, token)
+    listen(config.address, config.port).close()  # what is wrong with it is known now and not in a log
+    command = [sys.executable, "-m", "pretrain", "dashboard", str(run_dir), "--host", config.address]
+    (run_dir / "log").mkdir(parents=True, exist_ok=True)
+    with (run_dir / "log" / "dashboard.log").open("wb") as output:
+        return subprocess.Popen(
+            [*command, "--port", str(config.port), "--beside", str(os.getpid())],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {TOKEN_VARIABLE: token},
+            start_new_session=True,  # Ctrl-C is for the run, which ends the dashboard when it has saved
+        )

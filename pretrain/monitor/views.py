@@ -99,7 +99,7 @@ def mixture(run: RunFolder, width: int) -> dict[str, Any]:
     tokens, steps = train.tokens.view().astype(np.float64), train.step.view()
     names = [name.partition("/")[2] for name in train.values if name.startswith("source_tokens/")]
     if not len(steps) or not names:
-        return {"x": [], "asked": {}, "realised": {}}
+        return {"x": [], "step": [], "asked": {}, "realised": {}, "tokens": {}}
     edges = np.linspace(tokens[0] - 1, tokens[-1], min(width, len(tokens)) + 1)
     where = np.clip(np.searchsorted(edges, tokens, side="left") - 1, 0, len(edges) - 2)
     given = {}

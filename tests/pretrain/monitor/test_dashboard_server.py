@@ -111,7 +111,9 @@ def test_only_runs_that_were_found_can_be_named(open_site: Site, name: str) -> N
         assert (status, list(answer)) == (404, ["error"])
 
 
-@pytest.mark.parametrize("path", ["/../pyproject.toml", "/static/../app.py", "/%2e%2e/app.py", "/app.js/", "/api/x", "//"])
+@pytest.mark.parametrize(
+    "path", ["/../pyproject.toml", "/static/../app.py", "/%2e%2e/app.py", "/app.js/", "/api/x", "//"]
+)
 def test_no_other_file_is_served(open_site: Site, path: str) -> None:
     status, answer, _ = open_site.ask(path)
     assert status in (404, 307)
@@ -149,7 +151,12 @@ def test_another_name_for_this_machine_is_refused_without_a_token(open_site: Sit
 
 
 def test_a_wrong_token_opens_nothing(guarded: Site) -> None:
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}, {"Cookie": "headrace_dashboard=x"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": TOKEN},
+        {"Cookie": "headrace_dashboard=x"},
+    ):
         for path in ("/api/runs", "/api/run?run=plain", "/api/news"):
             assert guarded.ask(path, **headers)[0] == 401
         assert guarded.ask("/api/command", {"run": "plain", "ask": {"command": "pause"}}, **headers)[0] == 401

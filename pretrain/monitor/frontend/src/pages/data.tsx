@@ -53,7 +53,7 @@ export function DataPage({ detail, version }: { detail: Detail; version: unknown
         </Answer>
       </Card>
       <Card title="Sources">
-        <Answer asked={mixture}>{(data) => <SourceTable mixture={data} sources={sources.data} />}</Answer>
+        <Answer asked={mixture} empty={(data) => !data.x.length && "No source has given anything yet."}>{(data) => <SourceTable mixture={data} sources={sources.data} />}</Answer>
         {sources.data?.epochs.error && <p class="note">Epochs: {sources.data.epochs.error}</p>}
       </Card>
       <Batch run={run} last={detail.step - 1} step={step} onStep={setStep} />
