@@ -10,7 +10,6 @@ export interface Line {
   dash?: number[];
   x: number[];
   y: number[];
-  fill?: string;
   width?: number;
 }
 
@@ -135,7 +134,7 @@ function options(latest: { current: Props }, element: HTMLElement): uPlot.Option
       y: props.log ? { distr: 3 } : props.stacked ? { range: [0, 1] } : props.from0 ? { range: (_, __, max) => [0, max > 0 ? max * 1.05 : 1] } : {},
     },
     axes: [
-      { ...axis, label: props.xLabel, labelSize: 20, labelFont: font, values: (_, ticks) => ticks.map((tick) => short(tick)) },
+      { ...axis, label: props.xLabel, size: 30, labelSize: 16, labelGap: 0, labelFont: font, values: (_, ticks) => ticks.map((tick) => short(tick)) },
       { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) },
     ],
     series: [
@@ -144,11 +143,11 @@ function options(latest: { current: Props }, element: HTMLElement): uPlot.Option
         (line, number): uPlot.Series => ({
           label: line.label,
           stroke: line.colour,
-          fill: props.stacked ? line.colour + "cc" : line.fill,
+          fill: props.stacked ? line.colour : undefined,
           width: props.stacked ? 0.5 : (line.width ?? 1.5),
           dash: line.dash,
           spanGaps: true,
-          points: { show: (plot) => plot.data[0].length < 40 && !props.stacked },
+          points: { show: () => !props.stacked && (latest.current.lines[number]?.x.length ?? 0) < 40 },
           value: (_, value, __, index) => {
             const shown = props.stacked && index != null ? latest.current.lines[number]?.y[index] : value;
             return shown === null || shown === undefined ? "–" : short(shown);

@@ -108,7 +108,7 @@ function Mixture({ detail, send }: { detail: Detail; send: (ask: object, why: st
     setWanted(null);
   };
   return (
-    <Card title="Mixture" note={`Shares of tokens, decided by ${detail.decided_by}. Move one and the others make room: they always sum to 100 %.`}>
+    <Card title="Mixture" note={`Shares of tokens, decided by ${detail.decided_by.replace(":", " ")}. Move one and the others make room: they always sum to 100 %.`}>
       <form onSubmit={apply}>
         <div class="sliders">
           {Object.entries(shares).map(([name, share], number) => (

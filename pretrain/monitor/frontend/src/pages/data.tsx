@@ -42,7 +42,7 @@ export function DataPage({ detail, version }: { detail: Detail; version: unknown
   };
   return (
     <>
-      <Card title="Mixture over tokens" note={`Decided by ${detail.decided_by}. Click a place to see what was in its batch.`}>
+      <Card title="Mixture over tokens" note={`Decided by ${detail.decided_by.replace(":", " ")}. Click a place to see what was in its batch.`}>
         <Answer asked={mixture} empty={(data) => !data.x.length && "No step has been recorded yet."}>
           {(data) => (
             <div class="grid">
