@@ -86,7 +86,7 @@ def test_zooming_by_mouse_and_keyboard_and_comparing(new_page: Any, site: str) -
     with page.expect_response(lambda reply: "from=" in reply.url):
         page.keyboard.press("+")
     page.keyboard.press("0")
-    page.wait_for_function("[...document.querySelectorAll('button')].find(b => b.textContent == 'Whole run').disabled")
+    page.get_by_role("button", name="Whole run", disabled=True).wait_for()
     page.get_by_text("Compare").click()
     with page.expect_response(lambda reply: "run=other" in reply.url):
         page.get_by_label("other").check()

@@ -185,6 +185,8 @@ function drawMarks(plot: uPlot, marks: Mark[]) {
   const { ctx, bbox } = plot;
   ctx.save();
   ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
+  ctx.textAlign = "left";
+  ctx.textBaseline = "alphabetic";
   ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
   let free = -Infinity;
   for (const mark of marks) {

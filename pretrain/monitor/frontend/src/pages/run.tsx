@@ -126,6 +126,7 @@ function Compare({ run, chosen, onChange }: { run: string; chosen: string[]; onC
 }
 
 function worthMarking(event: JournalEvent): boolean {
+  if (event.step === 0) return false; // what the run began with
   return event.by.startsWith("user:") || ["resumed", "rollback", "anomaly", "stage"].includes(event.kind);
 }
 
