@@ -29,6 +29,8 @@ class RunFolder:
         self.name, self.path = name, path
         self.metrics = MetricsIndex(path / "metrics.jsonl")
         self.journal = JournalTail(path / "journal.jsonl")
+        self.spark: tuple[str, list[float]] = ("", [])
+        """The small curve in the list of runs, and the version it was drawn for."""
         self._config: dict[str, Any] = {}
         self._config_at = -1.0
         self._lock = threading.Lock()

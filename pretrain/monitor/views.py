@@ -24,9 +24,11 @@ QUIET_KINDS: Final = ("mixture", "proposed", "policy_input", "manifest", "reject
 
 def listed(run: RunFolder) -> dict[str, Any]:
     """A row of the list of runs."""
-    x, y = _points(run.metrics.tables["train"], "loss", "step")
-    spark = downsample(x, y, SPARK_POINTS // 2)[1]
-    return run.summary() | {"spark": [round(value, 4) for value in spark.tolist()]}
+    if run.spark[0] != run.version:
+        x, y = _points(run.metrics.tables["train"], "loss", "step")
+        drawn = downsample(x, y, SPARK_POINTS // 2)[1]
+        run.spark = (run.version, [round(value, 4) for value in drawn.tolist()])
+    return run.summary() | {"spark": run.spark[1]}
 
 
 def detail(run: RunFolder) -> dict[str, Any]:

@@ -42,11 +42,18 @@ def until_step(page: Any, step: int) -> None:
     raise AssertionError(f"step {step} was not shown; it is {step_shown(page)}")
 
 
+def take(page: Any, path: Path) -> None:
+    page.evaluate("() => scrollTo(0, 0)")
+    page.screenshot(path=path, full_page=True)
+
+
 @pytest.mark.slow
-def test_a_live_run_is_followed_and_its_mixture_changed(new_page: Any, live_run: Path, tmp_path: Path) -> None:
+def test_a_live_run_is_followed_and_its_mixture_changed(
+    new_page: Any, live_run: Path, tmp_path: Path, pictures: Path
+) -> None:
     run = live_run / "live"
     with dashboard(live_run, TOKEN, tmp_path) as url:
-        page = new_page()
+        page = new_page(1000, 700)
         page.goto(url)
         page.get_by_label("The dashboard's token").fill(TOKEN)
         page.get_by_role("button", name="Open").click()
@@ -83,6 +90,7 @@ def test_a_live_run_is_followed_and_its_mixture_changed(new_page: Any, live_run:
         page.get_by_role("button", name="Undo event").first.click()
         page.get_by_text("Accepted: event").wait_for()
         page.get_by_text("undone", exact=True).first.wait_for()
+        take(page, pictures / "control-live.png")
         undone = Journal(run / "journal.jsonl", writable=False).of("undone")
         assert [event.data["event"] for event in undone] == [asked[0].seq]
 
@@ -92,3 +100,9 @@ def test_a_live_run_is_followed_and_its_mixture_changed(new_page: Any, live_run:
         page.locator(".document").first.wait_for()
         assert "a" in page.locator(".document strong").first.inner_text()
         page.get_by_text("documents of a").wait_for()
+        take(page, pictures / "data-live.png")
+
+        page.get_by_role("link", name="Run", exact=True).click()
+        page.locator(".plot canvas").first.wait_for()
+        page.wait_for_timeout(500)
+        take(page, pictures / "run-live.png")

@@ -106,6 +106,7 @@ function Mixture({ detail, send }: { detail: Detail; send: (ask: object, why: st
     const weights = Object.fromEntries(Object.entries(shares).map(([name, share]) => [name, Number(share.toFixed(6))]));
     await send({ command: "set-mix", weights, ...(at > 0 ? { at: `+${at}` } : {}), ...(over > 1 ? { over } : {}) }, why);
     setWanted(null);
+    setWhy("");
   };
   return (
     <Card title="Mixture" note={`Shares of tokens, decided by ${detail.decided_by.replace(":", " ")}. Move one and the others make room: they always sum to 100 %.`}>
