@@ -1,6 +1,7 @@
 """The dashboard as a process: in the foreground (`headrace dashboard`), or beside a run (`monitor.dashboard: true`)."""
 
 import contextlib
+import importlib.util
 import os
 import socket
 import subprocess
@@ -105,6 +106,8 @@ def beside_run(config: MonitorConfig, run_dir: Path, note: Callable[[str], None]
 
 def _start(config: MonitorConfig, run_dir: Path, token: str) -> "subprocess.Popen[bytes]":
     check_address(config.address, token)
+    if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
+        raise ConfigError(_INSTALL)
     listen(config.address, config.port).close()  # what is wrong with it is known now and not in a log
     command = [sys.executable, "-m", "pretrain", "dashboard", str(run_dir), "--host", config.address]
     (run_dir / "log").mkdir(parents=True, exist_ok=True)

@@ -86,3 +86,11 @@ def test_a_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
 def test_an_open_address_needs_a_token() -> None:
     with pytest.raises(ValueError, match="token_file"):
         MonitorConfig(dashboard=True, address="0.0.0.0")
+
+
+def test_missing_packages_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with beside_run(MonitorConfig(dashboard=True, port=0), tmp_path, said.append):
+        pass
+    assert ["headrace[dashboard]" in line for line in said] == [True]
