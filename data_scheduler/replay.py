@@ -180,6 +180,17 @@ def ledger(run_dir: str | Path, step: int | None = None) -> tuple[int, list[Ledg
     return at, rows
 
 
+def epochs_done(run_dir: str | Path, step: int) -> dict[str, float]:
+    """source → epochs after `step` steps, the mean over its lanes; as `ledger` says, without reading any document when
+    the state of that step is kept."""
+    scheduler = _at_step(run_dir, step)
+    lanes = range(scheduler.config.lanes)
+    return {
+        reader.config.name: _epochs(reader, [scheduler.place(lane, number)[0] for lane in lanes])
+        for number, reader in enumerate(scheduler.readers)
+    }
+
+
 def _at_step(run_dir: str | Path, step: int) -> Scheduler:
     """A replaying scheduler that has given `step` steps."""
     scheduler = open_run(run_dir)

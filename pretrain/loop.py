@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from pretrain.metrics.sink import closing
 from pretrain.metrics.vitals import Vitals, of_ranks
 from pretrain.microbatch import split_batch
 from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
+from pretrain.monitor.serve import beside_run
 from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
 from pretrain.recovery.fetching import open_second_place, restore_journal
@@ -176,6 +178,7 @@ class Run:
         with (
             Live(self.config.control, self.run_dir, self.ranks.rank) as self.live,
             stopping_on_signals(self._ask_to_stop),
+            self._dashboard(),
             Progress(self.config.train.steps, first, self._shows_progress(), given=self._tokens_before) as progress,
         ):
             self.progress = progress
@@ -463,6 +466,9 @@ class Run:
         counts = self.rejects.add(every)
         if counts:
             self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
+
+    def _dashboard(self) -> AbstractContextManager[None]:
+        return beside_run(self.config.monitor, self.run_dir, self._say) if self.ranks.rank == 0 else nullcontext()
 
     def _shows_progress(self) -> bool:
         return self.config.metrics.progress and self.ranks.rank == 0

@@ -13,7 +13,20 @@ import typer
 
 from headrace.errors import ExitCode, HeadraceError
 from headrace.version import __version__
-from pretrain.cli import config, convert, ctl, data, doctor, generate, metrics, mix, report, tokenizer, train
+from pretrain.cli import (
+    config,
+    convert,
+    ctl,
+    dashboard,
+    data,
+    doctor,
+    generate,
+    metrics,
+    mix,
+    report,
+    tokenizer,
+    train,
+)
 
 app = typer.Typer(
     name="headrace",
@@ -27,6 +40,7 @@ app.command(name="train", context_settings={"allow_interspersed_args": True})(tr
 app.command(name="generate")(generate.generate)
 app.command(name="report")(report.report)
 app.command(name="doctor")(doctor.doctor)
+app.command(name="dashboard")(dashboard.dashboard)
 app.add_typer(ctl.app, name="ctl")
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -8,7 +8,14 @@
 from pretrain.config.load import config_schema, dump_config, load_config, load_data_config, validate_config
 from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.run import RunConfig, RunSection, RunStage
-from pretrain.config.services import ControlConfig, DynamicsConfig, MetricsConfig, PrometheusConfig, WandbConfig
+from pretrain.config.services import (
+    ControlConfig,
+    DynamicsConfig,
+    MetricsConfig,
+    MonitorConfig,
+    PrometheusConfig,
+    WandbConfig,
+)
 from pretrain.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -25,6 +32,7 @@ __all__ = [
     "KernelsConfig",
     "MetricsConfig",
     "ModelConfig",
+    "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "ParameterGroup",

@@ -15,7 +15,7 @@ from pretrain.config.model import KernelsConfig, ModelConfig
 from pretrain.config.numbers import Positive, PositiveFloat
 from pretrain.config.recovery import RecoveryConfig
 from pretrain.config.rope import RopeScalingConfig
-from pretrain.config.services import ControlConfig, MetricsConfig
+from pretrain.config.services import ControlConfig, MetricsConfig, MonitorConfig
 from pretrain.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
 
@@ -66,6 +66,7 @@ class RunConfig(StrictModel):
     metrics: MetricsConfig = MetricsConfig()
     alerts: AlertsConfig = AlertsConfig()
     control: ControlConfig = ControlConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="after")
     def _measured_steps_are_whole(self) -> "RunConfig":

@@ -1,4 +1,4 @@
-"""What a run tells and hears: the `metrics` and `control` sections."""
+"""What a run tells and hears: the `metrics`, `control` and `monitor` sections."""
 
 import ipaddress
 from typing import Annotated, Literal
@@ -69,6 +69,29 @@ class ControlConfig(StrictModel):
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key belong together: give both or none")
         if self.http and self.token_file is None and not _is_loopback(self.address):
+            raise ValueError(
+                f"address {self.address!r} can be reached from other machines; set token_file, or listen on 127.0.0.1"
+            )
+        return self
+
+
+class MonitorConfig(StrictModel):
+    """A page in the browser that shows the run while it trains."""
+
+    dashboard: bool = False
+    """Start it with the run, as a process of its own on rank 0's machine that ends with the run; its address is written
+    to `<run>/log/dashboard.log`."""
+    address: str = "127.0.0.1"
+    """Address to listen on; any address besides loopback needs `token_file`."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8420
+    """0 takes a free port."""
+    token_file: str | None = None
+    """File with the token that viewers must give, readable by its owner only; with one the run can be changed from the
+    page."""
+
+    @model_validator(mode="after")
+    def _others_need_a_token(self) -> "MonitorConfig":
+        if self.dashboard and self.token_file is None and not _is_loopback(self.address):
             raise ValueError(
                 f"address {self.address!r} can be reached from other machines; set token_file, or listen on 127.0.0.1"
             )
