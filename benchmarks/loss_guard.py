@@ -33,9 +33,10 @@ import torch
 from loading.result import circumstances, result_options, versions, write_result
 
 from data_scheduler import Journal
-from pretrain import loop
+from pretrain import loop, run_folder
 from pretrain import step as step_module
 from pretrain.config import RunConfig, validate_config
+from pretrain.train import train
 
 RESULT = Path(__file__).parent / "results" / "loss_guard.json"
 KINDS = ("clean", "poisoned documents", "flipped bit", "bad learning rate")
@@ -155,11 +156,11 @@ def train_wrongly(config: RunConfig, kind: str, at: int | None, seed: int, folde
             return usual(config, shape, step) * (BAD_LR if at is not None and at <= step < at + BAD_STEPS else 1.0)
 
         loop.learning_rate = too_high
-    return int(loop.train(config))
+    return int(train(config))
 
 
 def _poison(at: int | None, seed: int) -> None:
-    class Poisoned(loop.Scheduler):
+    class Poisoned(run_folder.Scheduler):
         def __next__(self) -> Any:
             batch = super().__next__()
             if batch.step == at:
@@ -168,7 +169,7 @@ def _poison(at: int | None, seed: int) -> None:
                 half[:] = torch.randint(0, self.encoder.vocab_size, half.shape, generator=generator).numpy()
             return batch
 
-    loop.Scheduler = Poisoned
+    run_folder.Scheduler = Poisoned
 
 
 def _flip(at: int | None, seed: int, marker: Path) -> None:

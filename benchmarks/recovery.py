@@ -138,7 +138,7 @@ def time_back(work: Path, steps: int) -> dict[str, float]:
 
 def importing_s() -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import pretrain.loop"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", "import pretrain.train"], cwd=ROOT, check=True)
     return time.perf_counter() - began
 
 

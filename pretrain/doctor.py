@@ -305,8 +305,8 @@ def _training(folder: Path) -> str:
     import math
 
     from pretrain.config import validate_config
-    from pretrain.loop import train
     from pretrain.metrics import read_records
+    from pretrain.train import train
 
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in _texts()))
     tokenizer = folder / "tokenizer"

@@ -3,6 +3,7 @@
 The held-out documents are read once, when the run starts; evaluation does not touch the training stream's state.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,10 @@ from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry
 from data_scheduler.source import SourceReader
 from data_scheduler.unit_cache import UnitCache
+from parallel import exchange
+from parallel.layout import Layout
+from parallel.process_groups import Ranks
+from pretrain.config import RunConfig
 from pretrain.loss import FIXED_POINT
 from pretrain.microbatch import MicroBatch, split_batch
 from pretrain.step import TrainState, evaluate_step
@@ -83,6 +88,21 @@ class HeldOut:
         mask = microbatch.loss_mask.clone().view(micro_batch_size, -1)
         mask[place] = False
         self.microbatches[index] = replace(microbatch, loss_mask=torch.reshape(mask, microbatch.loss_mask.shape))
+
+
+def read_held_out(
+    config: RunConfig, layout: Layout, ranks: Ranks, encoder: Encoder, say: Callable[[str], None]
+) -> HeldOut:
+    """What a run evaluates on; every rank calls this, and `say` hears of records that were left out."""
+    count, size = config.train.eval_sequences, config.train.micro_batch_size
+    # What the interleaved schedule takes; training's micro-batches are checked with the layout.
+    multiple = layout.pipeline_parallel_size if layout.model_chunks > 1 else 1
+    held_out = exchange.agree(
+        lambda: HeldOut(config.data, encoder, count, size, ranks.dp_rank, ranks.dp_size, multiple)
+    )
+    for reject in held_out.rejects:
+        say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")
+    return held_out
 
 
 def _first_sequences(

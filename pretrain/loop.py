@@ -5,7 +5,6 @@ The run folder holds all there is:
     config.yaml  journal.jsonl  metrics.jsonl  rejects.jsonl  checkpoints/  control/  data_state/  log/
 """
 
-import gc
 import math
 import sys
 import time
@@ -13,23 +12,20 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
-
-from data_scheduler import Journal, Scheduler, batch_sha256
 from data_scheduler.batch import Batch, RejectedRecord
 from data_scheduler.config import SourceConfig
 from data_scheduler.stages import tokens_before
 from data_scheduler.state import Snapshots
-from headrace.errors import CheckpointError, ConfigError, ExitCode
+from headrace.errors import ExitCode
 from parallel import accelerator, exchange, process_groups
 from parallel.layout import Layout
 from pretrain import checkpoint
-from pretrain.alerts.run import Alerts, alerting, usable_hooks
-from pretrain.config import RunConfig, dump_config
+from pretrain.alerts.run import Alerts
+from pretrain.config import RunConfig
 from pretrain.control.desk import Stand
-from pretrain.control.live import Live, setting, with_live_sources
-from pretrain.evaluate import HeldOut
-from pretrain.layouts import layout_from, layouts_ahead
+from pretrain.control.live import Live, setting
+from pretrain.evaluate import read_held_out
+from pretrain.layouts import layout_from
 from pretrain.learning_rate import learning_rate
 from pretrain.metrics import Record, Sink, open_sinks
 from pretrain.metrics.sink import closing
@@ -39,73 +35,21 @@ from pretrain.models.vocabulary import check_vocabulary, padded_vocab_size
 from pretrain.monitor.serve import beside_run
 from pretrain.progress import Progress
 from pretrain.recovery.fault_points import reach
-from pretrain.recovery.fetching import open_second_place, restore_journal
+from pretrain.recovery.fetching import open_second_place
 from pretrain.recovery.health import check_health, new_guard
 from pretrain.recovery.newest import newest_whole
 from pretrain.recovery.rollback import WaysBack
 from pretrain.recovery.stragglers import Stragglers
 from pretrain.recovery.watchdog import Watchdog
 from pretrain.rejects import Rejects
+from pretrain.run_folder import open_folder, open_scheduler, write_config
 from pretrain.saves import Saves
 from pretrain.selection.selection import open_selection
 from pretrain.stages import parallel_of, settings_of
 from pretrain.step import TrainState, build_state, train_step
 from pretrain.step_record import Circumstances, by_source, step_record
 from pretrain.stop_signals import stopping_on_signals
-
-
-def train(config: RunConfig) -> ExitCode:
-    """Train until `train.steps`, or until a signal asks to save and leave; every process of the run calls this.
-
-    Returns DONE, or RECOVERABLE when a signal ended the run before its last step (start it again and it goes on).
-    Raises HeadraceError for anything a person has to mend.
-    """
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    accelerator.set_deterministic(config.train.deterministic)
-    config = with_live_sources(config)
-    layout = layout_of(config, process_groups.environment_world_size())
-    ranks = process_groups.initialize(layout, config.train.seed)
-    try:
-        hooks = exchange.from_first_rank(lambda: usable_hooks(config), ranks.rank)
-        with alerting(config, hooks, ranks.rank == 0) as alerts:
-            code = _through_all_layouts(config, layout, ranks, alerts)
-            alerts.ended(code)
-    except RuntimeError as error:
-        if accelerator.is_nondeterministic(error):
-            raise ConfigError(f"train.deterministic: {str(error).partition('. ')[0]}; set it to false") from None
-        if not process_groups.is_lost_peer(error):
-            raise
-        sys.stderr.write(f"headrace: rank {ranks.rank}: another process is gone: {str(error).splitlines()[0]}\n")
-        return ExitCode.RECOVERABLE
-    # Only here: a rank that leaves with an error must not wait for the others; the launcher ends them.
-    process_groups.shutdown()
-    return code
-
-
-def layout_of(config: RunConfig, world_size: int) -> Layout:
-    """The layout on `world_size` processes that the run goes on with; raises LayoutError when this one, or that of a
-    later stage, does not fit the run."""
-    # A vocabulary that is not configured is padded to fit any layout.
-    return layouts_ahead(config, world_size, padded_vocab_size(config, 1))[0]
-
-
-def _through_all_layouts(config: RunConfig, layout: Layout, ranks: process_groups.Ranks, alerts: Alerts) -> ExitCode:
-    """A run, and where a stage has another layout the rest of it anew from the checkpoint that was just saved."""
-    stop_asked = False
-    with Watchdog(config.recovery.watchdog_s, Path(config.run.dir) / "log", ranks.rank) as watchdog:
-        while True:
-            run = Run(config, layout, ranks, watchdog, alerts)
-            run.stop_asked |= stop_asked
-            code = run.go()
-            watchdog.rest()
-            watchdog.more.clear()
-            if run.next_layout is None and not run.goes_back:
-                return code
-            config, layout, stop_asked = run.config, run.next_layout or layout, run.stop_asked
-            del run  # the model of the old layout, and all that uses its groups
-            gc.collect()
-            ranks = process_groups.rearrange(layout, config.train.seed)
+from pretrain.whole_batch import exhausted_everywhere, global_hash
 
 
 class Run:
@@ -125,8 +69,8 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(self.run_dir)
         self.second = open_second_place(config.checkpoint)
         self.rejects = Rejects(self.run_dir)
-        exchange.only_first_rank(self._open_folder, ranks.rank)
-        self.scheduler = exchange.first_rank_first(self._open_scheduler, ranks.rank)
+        exchange.only_first_rank(lambda: open_folder(config, self.second, self._say), ranks.rank)
+        self.scheduler = exchange.first_rank_first(lambda: open_scheduler(config, ranks), ranks.rank)
         # Sources with bands have become these.
         own = {"sources": self.scheduler.config.sources, "stages": self.scheduler.config.stages}
         data = config.data.model_copy(update=own)
@@ -134,7 +78,7 @@ class Run:
         tokens = self.scheduler.encoder.vocab_size
         vocab_size = padded_vocab_size(config, tokens)
         check_vocabulary(vocab_size, tokens)
-        self.held_out = self._read_held_out()
+        self.held_out = read_held_out(self.config, self.layout, self.ranks, self.scheduler.encoder, self._say)
         # Not before: reading the data for the first time may take hours.
         watchdog.more["data loader"] = lambda: f"next step {self.scheduler.next_step}, {self.scheduler.names}"
         watchdog.beat("building the model")
@@ -165,7 +109,7 @@ class Run:
             self._say(f"{self.run_dir} is at step {first}; train.steps={steps} is done. Raise it to go on.")
             self.saves.copies.finish(self.watchdog.beat)
             return ExitCode.DONE
-        exchange.only_first_rank(self._write_config, self.ranks.rank)
+        exchange.only_first_rank(lambda: write_config(self.config), self.ranks.rank)
         with closing(self._open_sinks()) as sinks:
             code = self._go_with(sinks, first, resumed)
             self.scheduler.close()
@@ -276,8 +220,8 @@ class Run:
         data = self.config.data.model_copy(update={"sources": [*self.config.data.sources, source]})
         self.config = self.config.model_copy(update={"data": data})
         self.state.config, self.state.num_sources = self.config, len(data.sources)
-        self.held_out = self._read_held_out()
-        exchange.only_first_rank(self._write_config, self.ranks.rank)
+        self.held_out = read_held_out(self.config, self.layout, self.ranks, self.scheduler.encoder, self._say)
+        exchange.only_first_rank(lambda: write_config(self.config), self.ranks.rank)
 
     def _step(self, sinks: Sequence[Sink], progress: Progress) -> None:
         """One step, and its record."""
@@ -306,11 +250,13 @@ class Run:
             result = self.selection.step(self.state, microbatches, lr, batch.step)
         losses, tokens = by_source(result, self.scheduler.names)
         reach("step: after the update")
-        self.scheduler.feedback(batch.step, losses, tokens, self._exhausted(batch))
+        self.scheduler.feedback(
+            batch.step, losses, tokens, exhausted_everywhere(self.config.data, batch, self.scheduler.names)
+        )
         if self.scheduler.is_time_to_look:
             self.scheduler.grow(exchange.from_first_rank(self.scheduler.new_files, self.ranks.rank))
         self.done = checkpoint.Progress(batch.step + 1, self.done.tokens + sum(tokens.values()))
-        sha256 = self._global_hash(batch)
+        sha256 = global_hash(batch, self.ranks.dp_rank)
         took = time.perf_counter() - began
         wait, rejects, memory = exchange.largest(
             [batch.wait_s, float(len(batch.rejects)), float(accelerator.max_memory_allocated())]
@@ -346,38 +292,11 @@ class Run:
         journal, tell = self.scheduler.journal, self._note
         self.goes_back = check_health(self.config.recovery, self.state, batch.step, self._ways_back, journal, tell)
 
-    def _exhausted(self, batch: Batch) -> list[str]:
-        """Sources that every lane of every rank has given `max_epochs` times."""
-        if not any(source.max_epochs for source in self.config.data.sources):
-            return []
-        going_on = exchange.largest((~batch.exhausted).astype(float).tolist())
-        return [name for name, more in zip(self.scheduler.names, going_on, strict=True) if not more]
-
-    def _global_hash(self, batch: Batch) -> str:
-        """SHA-256 of the step's global batch; the same for every layout."""
-        parts = exchange.gather_bytes_over_data_parallel(b"".join(batch.digests))
-        ranks = [[part[at : at + 32] for at in range(0, len(part), 32)] for part in parts]
-        # Sequence g of the run belongs to rank g mod dp_size. Steps before may have had fewer sequences than ranks.
-        first = (self.ranks.dp_rank - int(batch.slots[0])) % len(ranks)
-        return batch_sha256([digest for row in zip(*ranks[first:], *ranks[:first], strict=True) for digest in row])
-
     def _tokens_before(self, step: int) -> int:
         return tokens_before(self.scheduler.plan.shape, step)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.done.step % every == 0
-
-    def _read_held_out(self) -> HeldOut:
-        data, train, ranks = self.config.data, self.config.train, self.ranks
-        count, size = train.eval_sequences, train.micro_batch_size
-        # What the interleaved schedule takes; training's micro-batches are checked with the layout.
-        multiple = self.layout.pipeline_parallel_size if self.layout.model_chunks > 1 else 1
-        held_out = exchange.agree(
-            lambda: HeldOut(data, self.scheduler.encoder, count, size, ranks.dp_rank, ranks.dp_size, multiple)
-        )
-        for reject in held_out.rejects:
-            self._say(f"held-out data of {reject.source}: {reject.file}, record {reject.record}: {reject.reason}")
-        return held_out
 
     def _evaluate(self, sinks: Sequence[Sink], progress: Progress) -> None:
         self.watchdog.beat(f"evaluation after {self.done.step} steps")
@@ -422,36 +341,6 @@ class Run:
 
     # -- the run folder ------------------------------------------------------------------------------------------
 
-    def _open_folder(self) -> None:
-        (self.run_dir / "log").mkdir(parents=True, exist_ok=True)
-        if self.second is not None:
-            restore_journal(self.second, self.run_dir, self.config.run.model_dump(), self._say)
-        latest = self.checkpoints.latest()
-        if latest is None or (self.run_dir / "journal.jsonl").exists():
-            return
-        if not checkpoint.read_meta(latest).get("weights_only", False):
-            raise CheckpointError(
-                f"{self.run_dir}: has checkpoints but no journal.jsonl; restore the file from a copy, or start a new "
-                "run folder: the order of the data cannot be known without it"
-            )
-
-    def _write_config(self) -> None:
-        """Only once the configuration has been accepted: a refused one must not replace that of the run."""
-        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-
-    def _open_scheduler(self) -> Scheduler:
-        journal = Journal(self.run_dir / "journal.jsonl", writable=self.ranks.rank == 0)
-        ranks = self.ranks
-        return Scheduler(
-            self.config.data,
-            dp_rank=ranks.dp_rank,
-            dp_size=ranks.dp_size,
-            journal=journal,
-            watch=False,
-            hashing=True,
-            run_steps=self.config.train.steps,
-        )
-
     def _open_sinks(self) -> list[Sink]:
         if self.ranks.rank:
             return []
@@ -460,11 +349,8 @@ class Run:
 
     def _record_rejects(self, batch: Batch) -> None:
         """Write newly met rejects of all ranks to `rejects.jsonl` and count them in the journal."""
-        every = [RejectedRecord(*reject) for found in process_groups.gather_objects(batch.rejects) for reject in found]
-        if self.ranks.rank:
-            return
-        counts = self.rejects.add(every)
-        if counts:
+        every = process_groups.gather_objects(batch.rejects)
+        if self.ranks.rank == 0 and (counts := self.rejects.add(RejectedRecord(*one) for of in every for one in of)):
             self.scheduler.journal.append("reject", batch.step, {"records": counts}, "system")
 
     def _dashboard(self) -> AbstractContextManager[None]:

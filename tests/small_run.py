@@ -8,9 +8,9 @@ import child_process
 
 from data_scheduler import DataConfig
 from pretrain.config import RunConfig, validate_config
-from pretrain.loop import train
 from pretrain.metrics import read_records
 from pretrain.metrics.registry import OF_MACHINE
+from pretrain.train import train
 
 STEPS = 12
 Make = Callable[..., RunConfig]

@@ -20,9 +20,11 @@ from data_scheduler import Journal
 from parallel import process_groups
 from pretrain.config import validate_config
 from pretrain.evaluate import HeldOut
-from pretrain.loop import Run, layout_of
+from pretrain.loop import Run
 from pretrain.metrics import read_records
+from pretrain.recovery.watchdog import Watchdog
 from pretrain.step import TrainState, place
+from pretrain.train import layout_of
 
 MIXTURES_KEPT = 12
 """Mixtures of a run that its result shows at most."""
@@ -74,8 +76,10 @@ def _trained(raw: dict[str, Any], judged: int, accuracy: bool) -> dict[str, Any]
     began, clock = time.process_time(), time.perf_counter()
     torch.set_num_threads(1)
     layout = layout_of(config, 1)
-    run = Run(config, layout, process_groups.initialize(layout, config.train.seed))
-    code = run.go()
+    ranks = process_groups.initialize(layout, config.train.seed)
+    with Watchdog(config.recovery.watchdog_s, Path(config.run.dir) / "log", ranks.rank) as watchdog:
+        run = Run(config, layout, ranks, watchdog)
+        code = run.go()
     if code:
         raise RuntimeError(f"the run left with {code}")
     found = _told(Path(config.run.dir))

@@ -47,6 +47,6 @@ def train(
         command = [sys.executable, "-m", "pretrain", "train", str(config), *(overrides or [])]
         code = start_processes(command, nproc, {}, Path(run_config.run.dir) / "log")
         raise typer.Exit(code if code >= 0 else int(ExitCode.RECOVERABLE))  # negative: killed by a signal
-    from pretrain.loop import train as run
+    from pretrain.train import train as run
 
     raise typer.Exit(int(run(run_config)))

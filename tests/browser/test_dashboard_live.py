@@ -13,7 +13,7 @@ from small_run import maker
 
 from data_scheduler import DataConfig, Journal
 from data_scheduler.replay import trace
-from pretrain.loop import train
+from pretrain.train import train
 
 STEPS = 100_000
 

@@ -25,8 +25,8 @@ from wandb_file import read_wandb_file
 
 from data_scheduler import DataConfig
 from headrace.errors import ExitCode
-from pretrain.loop import train
 from pretrain.metrics import read_records
+from pretrain.train import train
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 PATIENCE_S = 180.0

@@ -13,10 +13,10 @@ import yaml
 
 from data_scheduler import DataConfig, Scheduler
 from data_scheduler.state import Snapshots
-from pretrain import loop  # imported here once, or every child would spend seconds on it
+from pretrain import train  # imported here once, or every child would spend seconds on it
 from pretrain.cli import main
 
-assert loop
+assert train
 
 Headrace = Callable[..., tuple[int, str]]
 

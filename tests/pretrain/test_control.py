@@ -21,7 +21,7 @@ from headrace.errors import UnreachableError
 from pretrain.cli import app
 from pretrain.config import RunConfig
 from pretrain.control.client import ByFile, Way, ask
-from pretrain.loop import train
+from pretrain.train import train
 
 LONG = 100_000
 

@@ -25,10 +25,10 @@ from pretrain.convert.architecture import from_hf_config
 from pretrain.convert.from_hf import from_hf
 from pretrain.convert.new_run import model_section
 from pretrain.convert.to_hf import to_hf
-from pretrain.loop import train
 from pretrain.metrics import read_records
 from pretrain.microbatch import split_batch
 from pretrain.step import build_state, place
+from pretrain.train import train
 
 SIZES = {
     "vocab_size": 640,

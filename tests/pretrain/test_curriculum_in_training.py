@@ -20,8 +20,8 @@ from pretrain import loop
 from pretrain.cli import app
 from pretrain.config import RunConfig, dump_config, load_config, validate_config
 from pretrain.control.live import with_live_sources
-from pretrain.loop import train
 from pretrain.metrics import read_records
+from pretrain.train import train
 
 Make = Callable[..., DataConfig]
 STEPS = 12

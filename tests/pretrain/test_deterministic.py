@@ -11,7 +11,7 @@ from tiny_run import tiny_config, tiny_state, tiny_steps
 from headrace.errors import ConfigError
 from parallel import accelerator, process_groups
 from parallel.layout import Layout
-from pretrain import loop
+from pretrain import train
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +42,10 @@ def test_training_sets_the_switch_before_anything_else(wanted: bool, monkeypatch
         seen.append(torch.are_deterministic_algorithms_enabled())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.process_groups, "initialize", stop)
+    monkeypatch.setattr(train.process_groups, "initialize", stop)
     accelerator.set_deterministic(not wanted)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(tiny_config(deterministic=wanted))
+        train.train(tiny_config(deterministic=wanted))
     assert seen == [wanted]
 
 
@@ -64,9 +64,9 @@ def test_an_operator_that_cannot_be_deterministic_is_named(monkeypatch: pytest.M
 
         return type("Run", (), {"go": staticmethod(go)})  # type: ignore[return-value]
 
-    monkeypatch.setattr(loop, "Run", use_it)
+    monkeypatch.setattr(train, "Run", use_it)
     with pytest.raises(
         ConfigError, match=r"^train.deterministic: put_ does not have a deterministic.*; set it to false$"
     ):
-        loop.train(tiny_config(deterministic=True))
+        train.train(tiny_config(deterministic=True))
     process_groups.shutdown()

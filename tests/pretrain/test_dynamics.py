@@ -25,10 +25,10 @@ from pretrain.dynamics import NoiseScale, activations
 from pretrain.dynamics import attention as logits_of_attention
 from pretrain.dynamics.attention import largest_logit
 from pretrain.dynamics.noise_scale import MATRICES, estimate
-from pretrain.loop import train
 from pretrain.metrics import METRICS, read_records
 from pretrain.metrics.registry import OF_MACHINE
 from pretrain.step import evaluate_step, train_step
+from pretrain.train import train
 
 Values = dict[str, Any]
 LAYOUTS = PAIRS | {"tp2 pp2": Layout(4, tensor_parallel_size=2, pipeline_parallel_size=2)}

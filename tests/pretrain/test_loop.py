@@ -18,9 +18,9 @@ from data_scheduler.replay import replay
 from headrace.errors import CheckpointError, ConfigError, LayoutError
 from pretrain import checkpoint
 from pretrain.config import RunConfig
-from pretrain.loop import train
 from pretrain.metrics import read_records
 from pretrain.recovery import fault_points
+from pretrain.train import train
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from headrace.errors import ConfigError
 from parallel import process_groups
 from parallel.layout import Layout
 from pretrain.config import validate_config
-from pretrain.loop import train
 from pretrain.metrics import read_records
 from pretrain.step import train_step
+from pretrain.train import train
 
 OVERFLOWING = 2.0**24
 

@@ -18,9 +18,9 @@ from headrace.errors import ConfigError
 from pretrain import loop
 from pretrain.cli import app
 from pretrain.config import RunConfig, dump_config, validate_config
-from pretrain.loop import train
 from pretrain.metrics import read_records
 from pretrain.skills_graph import SingleSourceRun, estimate_graph, read_run
+from pretrain.train import train
 
 Make = Callable[..., DataConfig]
 STEPS = 14

@@ -14,9 +14,9 @@ from headrace.errors import ConfigError, LayoutError
 from pretrain.cli import app
 from pretrain.config import RunConfig, load_config
 from pretrain.dry_run import as_text, describe
-from pretrain.loop import train
 from pretrain.metrics import read_records
 from pretrain.models.presets import PRESETS
+from pretrain.train import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 EXPECTED = {  # processes, layout, parameters, tokens of the run, GB of the fullest rank

@@ -25,10 +25,10 @@ from pretrain.config import RunConfig, dump_config, load_config
 from pretrain.convert.native import NativeReader
 from pretrain.convert.tensors import native_tensors
 from pretrain.convert.to_hf import to_hf
-from pretrain.loop import train
 from pretrain.models.sizes import layout_shape
 from pretrain.report import load_run, shape_turns
 from pretrain.step import build_state
+from pretrain.train import train
 
 YARN: dict[str, Any] = {"kind": "yarn", "factor": 4.0, "original_seq_len": 32, "beta_fast": 4.0}
 STAGES: list[dict[str, Any]] = [

@@ -70,7 +70,7 @@ class Server:
 def serve(path: str) -> None:
     """Fork a trainer for every program that connects."""
     import pretrain.cli
-    import pretrain.loop  # noqa: F401  (all that is heavy)
+    import pretrain.train  # noqa: F401  (all that is heavy)
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")

@@ -22,12 +22,12 @@ from parallel import process_groups
 from parallel.layout import Layout
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import CheckpointConfig, validate_config
-from pretrain.loop import train
 from pretrain.recovery import fault_points
 from pretrain.recovery.copies import Copies
 from pretrain.recovery.manifest import verify
 from pretrain.recovery.newest import newest_whole
 from pretrain.recovery.second_place import JOURNAL, SecondPlace
+from pretrain.train import train
 
 pytest.importorskip("moto")
 

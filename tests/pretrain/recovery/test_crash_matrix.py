@@ -21,9 +21,9 @@ from data_scheduler import DataConfig
 from headrace.errors import ExitCode
 from pretrain import checkpoint
 from pretrain.config import RunConfig
-from pretrain.loop import train
 from pretrain.processes import free_port
 from pretrain.recovery import fault_points
+from pretrain.train import train
 
 Case = Callable[[str, str], None]
 STEP_POINTS = [point for point in fault_points.POINTS if not point.startswith("checkpoint")]

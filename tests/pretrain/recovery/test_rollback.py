@@ -12,7 +12,7 @@ from small_run import curve, maker
 from data_scheduler import DataConfig, Journal
 from pretrain import step as step_module
 from pretrain.config import RunConfig
-from pretrain.loop import train
+from pretrain.train import train
 
 STEPS, BAD = 24, 18
 GUARD = {"policy": "rollback", "window": 8, "min_steps": 8}

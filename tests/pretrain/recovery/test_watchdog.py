@@ -18,6 +18,7 @@ from parallel.layout import Layout
 from pretrain import loop
 from pretrain.recovery.watchdog import Watchdog
 from pretrain.step import evaluate_step
+from pretrain.train import train
 
 
 def stuck_here(seconds: float) -> None:
@@ -69,7 +70,7 @@ def test_building_the_model_is_watched(data_config: Callable[..., DataConfig], t
 
     def run() -> int:
         loop.build_state = lambda *_: stuck_here(60)  # type: ignore[assignment]
-        return int(loop.train(config))
+        return int(train(config))
 
     assert child_process.run(run, tmp_path / "log") == ExitCode.WATCHDOG
     assert "since: building the model" in (tmp_path / "log").read_text()

@@ -18,7 +18,6 @@ from parallel import process_groups
 from parallel.layout import Layout
 from pretrain import loop
 from pretrain.config import RunConfig, validate_config
-from pretrain.loop import train
 from pretrain.loss import FIXED_POINT
 from pretrain.metrics import read_records
 from pretrain.metrics.registry import OF_MACHINE
@@ -26,6 +25,7 @@ from pretrain.selection import Scored, Top, make_selector
 from pretrain.selection.score import token_losses
 from pretrain.selection.selection import Selection
 from pretrain.step import StepResult, evaluate_step, place, train_step
+from pretrain.train import train
 
 LAYOUTS = {
     "dp2": Layout(2),
