@@ -17,43 +17,18 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
 
-from data_scheduler.prep.config import InputConfig, LocalExecutor, PrepConfig, SlurmExecutor, Step
 from parallel.layout import Layout
-from pretrain.config import RunConfig
 from pretrain.metrics.registry import METRICS
 from pretrain.models.memory import Batch, memory_by_stage
 from pretrain.models.presets import PRESETS
 from pretrain.models.sizes import count_parameters, embedding_parameters, flops_per_token
 
 DOCS = Path(__file__).parent
-NOTE = "<!-- Written by docs/generate.py; change the code it reads, then run it. -->"
-Schema = dict[str, Any]
+sys.path.insert(0, str(DOCS))
 
-CONFIGURATION = f"""{NOTE}
-# Configuration
-
-A run is one YAML file with the sections below. Any key can be changed on the command line; list items are addressed by
-number or, for sources, by name:
-
-```bash
-headrace train recipes/quickstart.yaml run.dir=runs/other train.steps=50 data.sources.code.weight=0.5
-headrace config show recipes/quickstart.yaml train.steps=50   # the whole configuration, defaults filled in
-headrace config schema                                        # JSON schema; editors complete and check YAML with it
-```
-
-An unknown key, one given twice, a wrong type or an impossible value is refused in one line that names the key, and the
-nearest valid key where there is one. Keys without a default must be given. `[n]` stands for an item of a list.
-"""
-
-PREPARATION = f"""{NOTE}
-# Configuration of `headrace data prep`
-
-One YAML file; [Prepare data](how-to/prepare-data.md) shows one at work. Everything but `executor` decides the output.
-"""
+from configuration_pages import NOTE, Schema, configuration, preparation, table  # noqa: E402
 
 METRIC_PAGE = f"""{NOTE}
 # Metrics
@@ -79,102 +54,6 @@ Prometheus only; the others are of all ranks together. [Monitoring](monitoring.m
 """
 
 
-def configuration() -> str:
-    """The page about every key of a run's configuration."""
-    schema = RunConfig.model_json_schema()
-    parts = [CONFIGURATION]
-    for name, place in schema["properties"].items():
-        path = f"{name}[n]" if place.get("type") == "array" else name
-        parts += _sections(path, schema["$defs"][_reference(place)], schema["$defs"])
-    return "\n".join(parts)
-
-
-def _sections(path: str, model: Schema, models: dict[str, Schema], kind: str = "") -> Iterator[str]:
-    """A section for `model`, followed by those of the models inside it."""
-    yield f"## `{path}`{f' of `kind: {kind}`' if kind else ''}\n"
-    if model.get("description"):
-        yield f"{_one_line(model['description'])}\n"
-    inner: list[tuple[str, str, str]] = []
-    rows = []
-    required = {key for part in (model, *model.get("anyOf", ())[:1]) for key in part.get("required", ())}
-    for key, place in model["properties"].items():
-        reference = _reference(place)
-        kinds = place.get("items", place).get("discriminator", {}).get("mapping", {})
-        if kinds:
-            below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
-            inner += [(below, each.rpartition("/")[2], name) for name, each in kinds.items()]
-            what = "list of sections" if below.endswith("[n]") else "section"
-            default = "" if key in required else f"`{json.dumps(place.get('default'))}`"
-            rows.append((key, what, default, f"{place.get('description', '')} See `{below}`."))
-        elif reference is not None:
-            below = f"{path}.{key}[n]" if place.get("type") == "array" else f"{path}.{key}"
-            inner.append((below, reference, ""))
-            meaning = place.get("description") or models[reference].get("description", "")
-            what = "list of sections" if below.endswith("[n]") else "section"
-            default = "`null`" if {"type": "null"} in place.get("anyOf", ()) else ""
-            rows.append((key, f"{what} or null" if default else what, default, f"{meaning} See `{below}`."))
-        else:
-            default = "" if key in required else f"`{json.dumps(place.get('default'))}`"
-            rows.append((key, _type(place), default, place.get("description", "")))
-    yield _table(("key", "type", "default", "meaning"), [(f"`{row[0]}`", *row[1:]) for row in rows])
-    for below, reference, name in inner:
-        yield from _sections(below, models[reference], models, name)
-
-
-def _reference(place: Schema) -> str | None:
-    """Name of the model that a property holds, if it may be null too, or that its list items are; None for a plain
-    value."""
-    target = place.get("items", place)
-    parts = [*target.get("allOf", ()), *target.get("anyOf", ())]
-    reference = target.get("$ref") or next((part["$ref"] for part in parts if "$ref" in part), None)
-    return None if reference is None else str(reference).rpartition("/")[2]
-
-
-def _type(place: Schema) -> str:
-    """A property's type in words."""
-    if "anyOf" in place:
-        kinds = [_type(part) for part in place["anyOf"] if part.get("type") != "null"]
-        return " or ".join(kinds) + (" or null" if len(kinds) < len(place["anyOf"]) else "")
-    if "discriminator" in place:
-        return "sections"
-    if "enum" in place:
-        return ", ".join(f"`{value}`" for value in place["enum"])
-    if "const" in place:
-        return f"`{place['const']}`"
-    if place["type"] == "array":
-        return f"list of {_type(place['items'])}"
-    name = {"integer": "integer", "number": "number", "string": "text", "boolean": "true/false", "object": "mapping"}
-    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {place[key]:g}" for key, sign in bounds.items() if key in place]
-    return " ".join([name[place["type"]], ", ".join(limits)]).strip()
-
-
-def preparation() -> str:
-    """The page about every key of a preparation's configuration."""
-    steps = [
-        (f"kind: {step.model_fields['kind'].annotation.__args__[0]}", step) for step in get_args(get_args(Step)[0])
-    ]
-    executors = [("executor: `kind: local`", LocalExecutor), ("executor: `kind: slurm`", SlurmExecutor)]
-    parts = [PREPARATION]
-    models = [("The file", PrepConfig), ("`input`", InputConfig), *((f"steps: `{kind}`", step) for kind, step in steps)]
-    for title, model in [*models, *executors]:
-        schema = model.model_json_schema()
-        parts.append(f"## {title}\n")
-        parts.append(f"{_one_line(schema['description'])}\n")
-        rows = []
-        for key, place in schema["properties"].items():
-            inner = place.get("items", place)
-            section = (
-                ("list of sections" if inner is not place else "section") if {"$ref", "oneOf"} & set(inner) else None
-            )
-            default = "" if key in schema.get("required", ()) or section else f"`{json.dumps(place.get('default'))}`"
-            if key != "kind":
-                rows.append((f"`{key}`", section or _type(place), default, place.get("description", "")))
-        if rows:
-            parts.append(_table(("key", "type", "default", "meaning"), rows))
-    return "\n".join(parts)
-
-
 def metrics() -> str:
     """The page about every value in `metrics.jsonl`."""
     rows = [
@@ -188,16 +67,7 @@ def metrics() -> str:
         )
         for metric in METRICS
     ]
-    return f"{METRIC_PAGE}\n{_table(('name', 'shape', 'unit', 'meaning', 'measured by', 'in Prometheus'), rows)}"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def _one_line(words: str) -> str:
-    return " ".join(words.split())
+    return f"{METRIC_PAGE}\n{table(('name', 'shape', 'unit', 'meaning', 'measured by', 'in Prometheus'), rows)}"
 
 
 def data_speed() -> str:
@@ -208,7 +78,7 @@ def data_speed() -> str:
     from loading import report
 
     def plain(rows: list[tuple[str, str]]) -> str:
-        return _table(("what", "measured"), rows)
+        return table(("what", "measured"), rows)
 
     page = (DOCS / "data_speed.md").read_text(encoding="utf-8")
     makers = {
@@ -264,14 +134,14 @@ def mixing() -> str:
         f"{event['wall_us'] / 1e3:.1f} ms in the journal, waiting for this machine's disk, in the thread that prepares "
         "batches ahead.\n"
     )
-    body = f"{_table(('policy', *heads[0], *heads[1]), rows)}\n{facts}"
+    body = f"{table(('policy', *heads[0], *heads[1]), rows)}\n{facts}"
     page = _replaced(page, "overhead", body)
     sys.path.insert(0, str(DOCS.parent))
     from benchmarks.mixing import report
 
     for name, make in (("lego", report.lego_table), ("real_text", report.text_table)):
         result = json.loads((DOCS.parent / "benchmarks" / "results" / f"mixing_{name}.json").read_text())
-        page = _replaced(page, name, f"{_table(*make(result))}\n{_facts(result)}")
+        page = _replaced(page, name, f"{table(*make(result))}\n{_facts(result)}")
     return page
 
 
@@ -289,14 +159,14 @@ def bands() -> str:
         by_format.setdefault(row["format"], []).append(row)
     counts = [row["bands"] for row in next(iter(by_format.values())) if row["bands"] > 1]
     heads = [f"{n} bands" for n in counts] + [f"{n} bands, token cache" for n in counts]
-    table = [
+    lines = [
         (
             f"`{name}`",
             *(f"{row[key]:.2f} times" for key in ("of_one", "cached_of_one") for row in rows if row["bands"] > 1),
         )
         for name, rows in by_format.items()
     ]
-    body = f"{_table(('', *heads), table)}\n{_facts(result)}"
+    body = f"{table(('', *heads), lines)}\n{_facts(result)}"
     return _replaced(page, "bands", body)
 
 
@@ -338,7 +208,7 @@ def gpu() -> str:
         "Operations and memory are of sequences of 4,096 tokens (wonton 2,048), one in a micro-batch, memory of `bf16` "
         "on 8 GPUs with `parallel.distributed_optimizer`; estimated.\n"
     )
-    page = _replaced(page, "presets", f"{_table(head, rows)}\n{note}")
+    page = _replaced(page, "presets", f"{table(head, rows)}\n{note}")
     return _replaced(page, "train_throughput", _train_throughput())
 
 
@@ -352,8 +222,8 @@ def _train_throughput() -> str:
         return "`python benchmarks/train_throughput.py` writes the result that belongs here; there is none yet.\n"
     result = json.loads(path.read_text())
     gpu = result["gpu"]
-    more = f"On a GPU: {gpu}.\n" if isinstance(gpu, str) else _table(*report.gpu_table(result))
-    parts = (_table(*report.cpu_table(result)), f"{report.cpu_settings(result)}\n", more, _facts(result))
+    more = f"On a GPU: {gpu}.\n" if isinstance(gpu, str) else table(*report.gpu_table(result))
+    parts = (table(*report.cpu_table(result)), f"{report.cpu_settings(result)}\n", more, _facts(result))
     return "\n".join(parts)
 
 
@@ -369,28 +239,26 @@ def parallel() -> str:
     result = json.loads(path.read_text())
     tables = {"equivalence": made.equivalence_table, "options": made.option_table, "reshard": made.reshard_table}
     for name, make in tables.items():
-        page = _replaced(page, name, _table(*make(result)) + ("" if name == "options" else f"\n{_facts(result)}"))
+        page = _replaced(page, name, table(*make(result)) + ("" if name == "options" else f"\n{_facts(result)}"))
     return page
 
 
 def kernels() -> str:
     """The page with its table of operators made from the result file."""
-    sys.path.insert(0, str(DOCS))
     import kernel_table
 
     page = (DOCS / "kernels.md").read_text(encoding="utf-8")
     result = json.loads((DOCS.parent / "benchmarks" / "results" / "kernels.json").read_text())
-    table = _table(kernel_table.HEAD, kernel_table.rows(result))
-    return _replaced(page, "operators", f"{table}\n{kernel_table.facts(result)}")
+    operators = table(kernel_table.HEAD, kernel_table.rows(result))
+    return _replaced(page, "operators", f"{operators}\n{kernel_table.facts(result)}")
 
 
 def recovery() -> str:
     """The page with its tables made from the result files."""
-    sys.path.insert(0, str(DOCS))
     import recovery_tables
 
     page = (DOCS / "recovery.md").read_text(encoding="utf-8")
-    for name, body in recovery_tables.parts(DOCS.parent / "benchmarks" / "results", _table, _facts):
+    for name, body in recovery_tables.parts(DOCS.parent / "benchmarks" / "results", table, _facts):
         page = _replaced(page, name, body)
     return page
 
