@@ -16,6 +16,7 @@ no thread of it and no port is taken.
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import functools
 import gc
 import mmap
@@ -28,8 +29,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 import pytest
@@ -71,6 +73,27 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     if accelerator.has_gpu():
         pytest.skip("runs gloo ranks by forking, which a process that holds a GPU cannot do; hide it to run this test")
+    with _one_at_a_time():
+        return _run_ranks(world_size, function, args, timeout_s)
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Two tests' ranks at once, on cores that one test's fill, take longer than one after the other: gloo wakes every
+    thread of theirs a hundred times a second for as long as they wait."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / f"headrace-ranks-{run}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: what the ranks started may have the file open too
+
+
+def _run_ranks(world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
     # Process groups of earlier tests, kept alive by cycles, must go here: their destructors join threads that a fork
     # does not have, so a collection in a rank would wait for ever. freeze() keeps ranks from collecting what is ours.
     gc.collect()

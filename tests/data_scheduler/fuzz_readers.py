@@ -230,7 +230,8 @@ def run_input(number: int, seed: int, known: list[Case], folder: Path) -> str:
 
 def run_child(first: int, stop: int, seed: int, known: list[Case], folder: Path, at: mmap.mmap) -> None:
     """Inputs [first, stop); leaves the process. `at` holds the number being read and counts of how inputs ended."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()  # by the process forked from
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY_BYTES, mapped + MEMORY_BYTES))
     ends: Counter[str] = Counter()
     for number in range(first, stop):
         at[:8] = struct.pack("<q", number)

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 from process_group import run_ranks
-from tiny_run import PAIRS, VOCAB, assert_same_curve, single_process, tiny_batch, tiny_config, tiny_state, tiny_steps
+from tiny_run import (
+    PAIRS,
+    VOCAB,
+    assert_same_curve,
+    single_process,
+    tiny_batch,
+    tiny_config,
+    tiny_state,
+    tiny_steps,
+    with_kernels,
+)
 
 from data_scheduler.state import State
 from headrace.errors import ConfigError
@@ -49,7 +59,8 @@ def test_labels_ahead_never_cross_documents() -> None:
 
 
 def test_what_is_minimised_is_the_main_loss_and_the_heads_mean() -> None:
-    state = tiny_state(config(), Layout(1))
+    # Fused, these two add to the gradient's buffer themselves.
+    state = tiny_state(with_kernels(config(), head="torch", embedding="torch"), Layout(1))
     batch = tiny_batch(0, micro_batch_size=8, weighted=True)
     placed = place(batch[0], state)
     assert placed.ahead is not None
@@ -87,11 +98,10 @@ def test_a_head_looks_at_nothing_that_it_is_to_predict() -> None:
         placed = place(made, state)
         assert placed.ahead is not None
         labels = torch.cat([placed.labels, placed.ahead.labels])
-        with torch.no_grad():
-            out = state.chunks[0](
-                placed.input_ids, placed.position_ids, None, labels=labels, packed_seq_params=placed.documents
-            )
-        heads: torch.Tensor = torch.where(placed.ahead.loss_mask, out[2], 0.0)
+        out = state.chunks[0](
+            placed.input_ids, placed.position_ids, None, labels=labels, packed_seq_params=placed.documents
+        )
+        heads: torch.Tensor = torch.where(placed.ahead.loss_mask, out[2].detach(), 0.0)
         return heads
 
     before = losses(tokens)
@@ -121,7 +131,11 @@ def test_every_layout_has_the_single_process_curve(name: str, tied: bool) -> Non
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_nothing(recompute: str) -> None:
-    plain, asked = (tiny_config("llama", micro_batch_size=1, mtp=MTP, recompute=how) for how in ("none", recompute))
+    # Recomputed whole, a block's norms are not joined to the additions before them.
+    plain, asked = (
+        with_kernels(tiny_config("llama", micro_batch_size=1, mtp=MTP, recompute=how), residual_norm="torch")
+        for how in ("none", recompute)
+    )
     for mine, reference in zip(tiny_steps(asked, Layout(1), 2), single_process(plain, 2), strict=True):
         assert (mine.loss, mine.mtp_loss, mine.grad_norm) == (
             reference.loss,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from process_group import run_ranks
-from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps
+from tiny_run import tiny_batch, tiny_config, tiny_state, tiny_steps, with_kernels
 
 from headrace.errors import CheckpointError, ConfigError
 from parallel import process_groups
@@ -37,7 +37,7 @@ def config_of(width: int, mup: bool, kind: str = "adamw", **changes: Any) -> Run
 
 def changes(width: int, mup: bool, kind: str, tied: bool) -> dict[str, float]:
     """Root mean square of what STEPS steps on one batch change of that batch's activations."""
-    config = config_of(width, mup, kind, tie_embeddings=tied)
+    config = with_kernels(config_of(width, mup, kind, tie_embeddings=tied), head="torch")  # fused, it has no logits
     state = tiny_state(config, Layout(1))
     seen: dict[str, torch.Tensor] = {}
     block = state.chunks[0].decoder.layers[-1]

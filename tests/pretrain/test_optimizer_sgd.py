@@ -12,7 +12,7 @@ from tiny_run import PAIRS, assert_same_curve, single_process, tiny_batch, tiny_
 from headrace.errors import CheckpointError
 from parallel import process_groups
 from parallel.layout import Layout
-from pretrain import checkpoint
+from pretrain import checkpoint, checkpoint_saving
 from pretrain.step import train_step
 
 NAMES = ("dp2", "dp2 distributed optimizer", "tp2+sp", "pp2", "cp2")
@@ -87,13 +87,13 @@ def test_a_checkpoint_is_loaded_with_and_without_owners(
     kind: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The position of the data is another test's business.
-    monkeypatch.setattr(checkpoint, "save_state", lambda *_: None)
+    monkeypatch.setattr(checkpoint_saving, "save_state", lambda *_: None)
     monkeypatch.setattr(checkpoint, "load_state", lambda _: {})
     monkeypatch.setattr(checkpoint, "Snapshots", lambda _: SimpleNamespace(save=lambda _: None))
     config = tiny_config(kind=kind, precision=precision)
     state = tiny_state(config, Layout(1))
     train_step(state, tiny_batch(0), 1e-2)
-    path = checkpoint.Checkpoints(tmp_path).save(state, {}, checkpoint.Progress(1, 0), 0)
+    path = checkpoint.Checkpoints(tmp_path).save(state, {}, checkpoint.Progress(1, 0))
     expected = train_step(state, tiny_batch(1), 1e-2), train_step(state, tiny_batch(2), 1e-2)
     process_groups.shutdown()
     state = tiny_state(config, Layout(1, distributed_optimizer=True))

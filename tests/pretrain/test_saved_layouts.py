@@ -10,7 +10,7 @@ from tiny_run import tiny_batch, tiny_config, tiny_state
 
 from parallel import process_groups
 from parallel.layout import Layout
-from pretrain import checkpoint
+from pretrain import checkpoint, checkpoint_saving
 from pretrain.step import train_step
 
 
@@ -19,12 +19,12 @@ def test_fields_that_came_later_have_their_defaults(
     saved: dict[str, bool], restored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The position of the data is another test's business.
-    monkeypatch.setattr(checkpoint, "save_state", lambda *_: None)
+    monkeypatch.setattr(checkpoint_saving, "save_state", lambda *_: None)
     monkeypatch.setattr(checkpoint, "load_state", lambda _: {})
     monkeypatch.setattr(checkpoint, "Snapshots", lambda _: SimpleNamespace(save=lambda _: None))
     state = tiny_state(tiny_config(), Layout(1))
     train_step(state, tiny_batch(0), 1e-3)
-    path = checkpoint.Checkpoints(tmp_path).save(state, {}, checkpoint.Progress(1, 0), 0)
+    path = checkpoint.Checkpoints(tmp_path).save(state, {}, checkpoint.Progress(1, 0))
     meta = checkpoint.read_meta(path)
     old = ["world_size", "tensor_parallel_size", "sequence_parallel", "pipeline_parallel_size", "context_parallel_size"]
     old += ["virtual_pipeline_parallel_size", "distributed_optimizer"]

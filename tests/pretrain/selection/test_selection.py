@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from process_group import run_ranks
-from tiny_run import tiny_batch, tiny_config, tiny_state
+from tiny_run import tiny_batch, tiny_config, tiny_state, with_kernels
 
 from data_scheduler import DataConfig
 from headrace.errors import ConfigError
@@ -117,7 +117,8 @@ def test_it_begins_at_a_step() -> None:
 
 
 def test_the_gradient_is_of_the_mean_over_what_was_kept() -> None:
-    state = tiny_state(tiny_config("llama"), Layout(1))
+    # Fused, these two add to the gradient's buffer themselves.
+    state = tiny_state(with_kernels(tiny_config("llama"), head="torch", embedding="torch"), Layout(1))
     batch = tiny_batch(0, micro_batch_size=1)
     total, count = torch.zeros(()), 0
     for each in batch:
