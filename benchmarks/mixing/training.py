@@ -80,13 +80,13 @@ def _trained(raw: dict[str, Any], judged: int, accuracy: bool) -> dict[str, Any]
     with Watchdog(config.recovery.watchdog_s, Path(config.run.dir) / "log", ranks.rank) as watchdog:
         run = Run(config, layout, ranks, watchdog)
         code = run.go()
-    if code:
-        raise RuntimeError(f"the run left with {code}")
-    found = _told(Path(config.run.dir))
-    judge = HeldOut(config.data, run.scheduler.encoder, judged, config.train.micro_batch_size, 0, 1)
-    found["val_loss"] = {name: round(loss, 5) for name, loss in judge.losses(run.state).items()}
-    if accuracy:
-        found["accuracy"] = answered(run.state, judge)
+        if code:
+            raise RuntimeError(f"the run left with {code}")
+        found = _told(Path(config.run.dir))
+        judge = HeldOut(config.data, run.scheduler.encoder, judged, config.train.micro_batch_size, 0, 1)
+        found["val_loss"] = {name: round(loss, 5) for name, loss in judge.losses(run.state).items()}
+        if accuracy:
+            found["accuracy"] = answered(run.state, judge)
     spent = {"cpu_s": round(time.process_time() - began, 1), "wall_s": round(time.perf_counter() - clock, 1)}
     return {**found, "parameters": sum(p.numel() for chunk in run.state.chunks for p in chunk.parameters()), **spent}
 

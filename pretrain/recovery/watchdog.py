@@ -36,6 +36,8 @@ from headrace.errors import ExitCode
 
 LATER = 1.25
 """The kernel ends a process that holds Python's lock after this many timeouts."""
+REPORT_S = 30.0
+"""The report may take so long, on a machine or a file system that is slow; then the process ends without."""
 
 
 class Watchdog:
@@ -114,6 +116,8 @@ class Watchdog:
         while not self._over.wait(min(1.0, self._timeout_s / 10)):
             quiet = time.monotonic() - self._last
             if quiet > self._timeout_s:
+                if self._stacks is not None:  # Python's lock is free: there is time for the report, but no end of it
+                    signal.setitimer(signal.ITIMER_REAL, REPORT_S)
                 self._write(quiet)
                 self._end(ExitCode.WATCHDOG)
                 return

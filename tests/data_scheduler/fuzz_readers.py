@@ -48,7 +48,7 @@ from headrace.errors import HeadraceError
 CPU_SECONDS_PER_INPUT = 20
 WALL_SECONDS_PER_INPUT = 600
 """A machine that is busy with other things is no hang; a reader that waits for ever is."""
-MEMORY_BYTES = 6 << 30
+MEMORY_BYTES = 4 << 30
 """Address space of a child; the libraries alone map 2 GB."""
 INPUTS_PER_CHILD = 1000
 VOCABULARY = 1000
@@ -230,6 +230,15 @@ def run_input(number: int, seed: int, known: list[Case], folder: Path) -> str:
 
 def run_child(first: int, stop: int, seed: int, known: list[Case], folder: Path, at: mmap.mmap) -> None:
     """Inputs [first, stop); leaves the process. `at` holds the number being read and counts of how inputs ended."""
+    try:
+        _read_inputs(first, stop, seed, known, folder, at)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(3)  # whatever it was: the caller's code must not go on in two processes
+    os._exit(0)
+
+
+def _read_inputs(first: int, stop: int, seed: int, known: list[Case], folder: Path, at: mmap.mmap) -> None:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()  # by the process forked from
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY_BYTES, mapped + MEMORY_BYTES))
     ends: Counter[str] = Counter()
@@ -237,13 +246,8 @@ def run_child(first: int, stop: int, seed: int, known: list[Case], folder: Path,
         at[:8] = struct.pack("<q", number)
         faulthandler.dump_traceback_later(WALL_SECONDS_PER_INPUT, exit=True)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_PER_INPUT)  # its signal ends the process
-        try:
-            ends[run_input(number, seed, known, folder)] += 1
-        except BaseException:
-            traceback.print_exc()
-            os._exit(3)
+        ends[run_input(number, seed, known, folder)] += 1
         at[8:32] = struct.pack("<3q", ends["read"], ends["rejects"], ends["error"])
-    os._exit(0)
 
 
 def fuzz(inputs: int, seed: int, first: int = 0) -> tuple[Counter[str], list[int]]:

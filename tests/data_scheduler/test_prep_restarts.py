@@ -145,7 +145,7 @@ def test_slurm_jobs_do_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "sbatch_args": {"account": "a"},
     }
     settings |= {"out": str(tmp_path / "jobs"), "executor": slurm}
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))  # a SLURM may be installed
     with pytest.raises(ConfigError, match="no sbatch on this machine"):
         run(settings)
     for name, source in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):

@@ -28,7 +28,7 @@ def stuck_here(seconds: float) -> None:
 def test_a_hang_is_reported_with_stacks_and_ends_with_its_code(tmp_path: Path) -> None:
     def hang() -> None:
         told = {"data loader": lambda: "next step 7", "broken": lambda: 1 // 0}
-        with Watchdog(0.5, tmp_path, rank=3, more=told) as watchdog:  # type: ignore[arg-type]
+        with Watchdog(2.0, tmp_path, rank=3, more=told) as watchdog:  # type: ignore[arg-type]
             watchdog.beat("step 7")
             stuck_here(60)
 
@@ -52,11 +52,11 @@ def test_a_hang_that_holds_pythons_lock_is_ended_by_the_kernel_with_stacks(tmp_p
 
 def test_it_watches_from_the_first_beat_on_and_not_while_it_rests(tmp_path: Path) -> None:
     def work() -> None:
-        with Watchdog(0.5, tmp_path, rank=0) as watchdog:
-            time.sleep(0.8)
+        with Watchdog(2.0, tmp_path, rank=0) as watchdog:
+            time.sleep(2.5)
             watchdog.beat("step 1")
             watchdog.rest()
-            time.sleep(0.8)
+            time.sleep(2.5)
             watchdog.beat("step 2")
             stuck_here(60)
 
@@ -66,7 +66,7 @@ def test_it_watches_from_the_first_beat_on_and_not_while_it_rests(tmp_path: Path
 
 
 def test_building_the_model_is_watched(data_config: Callable[..., DataConfig], tmp_path: Path) -> None:
-    config = maker(data_config, tmp_path)("run", recovery__watchdog_s=1.0)
+    config = maker(data_config, tmp_path)("run", recovery__watchdog_s=4.0)
 
     def run() -> int:
         loop.build_state = lambda *_: stuck_here(60)  # type: ignore[assignment]
