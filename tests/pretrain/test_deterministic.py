@@ -62,7 +62,7 @@ def test_an_operator_that_cannot_be_deterministic_is_named(monkeypatch: pytest.M
         def go() -> None:
             torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
 
-        return type("Run", (), {"go": staticmethod(go)})  # type: ignore[return-value]
+        return type("Run", (), {"go": staticmethod(go), "stop_asked": False})  # type: ignore[return-value]
 
     monkeypatch.setattr(train, "Run", use_it)
     with pytest.raises(
