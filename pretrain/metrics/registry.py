@@ -100,7 +100,7 @@ METRICS: Final = (
     Metric(
         "slowest_rank",
         "gauge",
-        "",
+        "rank",
         "rank that computes longest before it meets the others",
         "headrace_slowest_rank",
         made_by="pretrain.recovery.stragglers",
