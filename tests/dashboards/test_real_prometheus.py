@@ -131,10 +131,12 @@ def prometheus(run: Training, tmp_path_factory: pytest.TempPathFactory) -> Itera
             with urllib.request.urlopen(url, timeout=60) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
+            if error.code == 503:  # it starts
+                return None
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None
         except OSError:
             assert server.poll() is None, (folder / "log").read_text()
-            return None  # it starts
+            return None  # it does not listen yet
 
     try:
         yield ask
