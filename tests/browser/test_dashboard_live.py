@@ -97,9 +97,9 @@ def test_a_live_run_is_followed_and_its_mixture_changed(
         page.get_by_role("link", name="Data", exact=True).click()
         page.locator("input[name=step]").fill(str(first + 1))
         page.get_by_role("button", name="Show").click()
+        page.get_by_text("documents of a").wait_for()  # until then another step's may be shown
         page.locator(".document").first.wait_for()
         assert "a" in page.locator(".document strong").first.inner_text()
-        page.get_by_text("documents of a").wait_for()
         take(page, pictures / "data-live.png")
 
         page.get_by_role("link", name="Run", exact=True).click()
