@@ -96,6 +96,7 @@ def test_a_live_run_is_followed_and_its_mixture_changed(
 
         page.get_by_role("link", name="Data", exact=True).click()
         page.locator("input[name=step]").fill(str(first + 1))
+        until_step(page, step_shown(page) + 2)  # what was typed stays, whatever the run does meanwhile
         page.get_by_role("button", name="Show").click()
         page.get_by_text("documents of a").wait_for()  # until then another step's may be shown
         page.locator(".document").first.wait_for()
@@ -106,3 +107,33 @@ def test_a_live_run_is_followed_and_its_mixture_changed(
         page.locator(".plot canvas").first.wait_for()
         page.wait_for_timeout(500)
         take(page, pictures / "run-live.png")
+
+
+SLOW_ANSWERS = """
+const quick = window.fetch;
+window.fetch = async (...asked) => {
+  await new Promise((resolve) => setTimeout(resolve, 4000));
+  return quick(...asked);
+};
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_writes_faster_than_the_server_answers_is_seen(
+    new_page: Any, live_run: Path, tmp_path: Path
+) -> None:
+    with dashboard(live_run, TOKEN, tmp_path) as url:
+        page = new_page(1000, 700)
+        page.goto(url)
+        page.get_by_label("The dashboard's token").fill(TOKEN)
+        page.get_by_role("button", name="Open").click()
+        page.get_by_role("link", name="live").wait_for()
+        page.add_init_script(SLOW_ANSWERS)
+        page.goto(f"{url}/#/data?run=live")
+        page.reload()
+        page.locator(".plot canvas").first.wait_for()
+        shown = step_shown(page)
+        until_step(page, shown + 2)
+        page.locator("input[name=step]").fill(str(shown + 1))  # which the first answer did not know of
+        page.get_by_role("button", name="Show").click()
+        page.locator(".document").first.wait_for()

@@ -35,26 +35,48 @@ export interface Asked<T> {
   loading: boolean;
 }
 
-/** The answer to a question, asked again whenever `version` changes; meanwhile the last answer stays. */
+/** The answer to a question, asked again whenever `version` changes; meanwhile the last answer stays. An answer that is
+ * under way is waited for: of a run that writes faster than the server answers, nothing would ever be seen. */
 export function useAnswer<T>(path: string | null, query: Record<string, unknown>, version: unknown = 0): Asked<T> {
   const [asked, set] = useState<Asked<T>>({ loading: true });
   const question = path === null ? null : `${path} ${JSON.stringify(query)}`;
-  const last = useRef<string | null>(null);
+  const again = useRef(() => {});
+  const seen = useRef(version);
   useEffect(() => {
     if (path === null) return;
     const abort = new AbortController();
-    const same = last.current === question;
-    last.current = question;
-    if (!same) set((before) => ({ ...before, loading: true }));
-    get<T>(path, query, abort.signal)
-      .then((data) => set({ data, loading: false }))
-      .catch((error: Error) => {
-        if (error.name === "AbortError") return;
-        if (error instanceof ApiError && error.status === 401) return location.reload();
-        set((before) => ({ data: same ? before.data : undefined, error: error.message, loading: false }));
-      });
-    return () => abort.abort();
-  }, [question, version]);
+    let asking = false;
+    let old = false;
+    let answered = false;
+    const ask = async () => {
+      old = asking;
+      if (asking) return;
+      asking = true;
+      try {
+        const data = await get<T>(path, query, abort.signal);
+        if (abort.signal.aborted) return;
+        set({ data, loading: false });
+        answered = true;
+      } catch (problem) {
+        if (abort.signal.aborted) return;
+        if (problem instanceof ApiError && problem.status === 401) return location.reload();
+        set((before) => ({ data: answered ? before.data : undefined, error: (problem as Error).message, loading: false }));
+      }
+      asking = false;
+      if (old) void ask();
+    };
+    set((before) => ({ ...before, loading: true }));
+    again.current = () => void ask();
+    void ask();
+    return () => {
+      again.current = () => {};
+      abort.abort();
+    };
+  }, [question]);
+  useEffect(() => {
+    if (seen.current !== version) again.current();
+    seen.current = version;
+  }, [version]);
   return asked;
 }
 

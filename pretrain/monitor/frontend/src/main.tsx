@@ -123,7 +123,7 @@ function RunFrame({ run, page, control }: { run: string; page: PageName; control
         {shown?.damage && <p class="error" role="alert">journal.jsonl: {shown.damage}</p>}
         {detail.error && !detail.data && <p class="error" role="alert">{detail.error}. <a href="#/">All runs</a></p>}
         {detail.data && page === "run" && <RunPage detail={detail.data} version={version} />}
-        {detail.data && page === "data" && <DataPage detail={detail.data} version={version} />}
+        {detail.data && page === "data" && <DataPage detail={detail.data} steps={shown?.step ?? detail.data.step} version={version} />}
         {detail.data && page === "dynamics" && <DynamicsPage detail={detail.data} version={version} />}
         {detail.data && page === "system" && <SystemPage detail={detail.data} version={version} />}
         {detail.data && page === "control" && <ControlPage detail={detail.data} version={version} control={control} />}

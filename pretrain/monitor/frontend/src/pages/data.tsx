@@ -30,7 +30,8 @@ interface Doc {
   given: string | null;
 }
 
-export function DataPage({ detail, version }: { detail: Detail; version: unknown }) {
+/** `steps`: those that have been trained so far, which `detail` may be behind of. */
+export function DataPage({ detail, steps, version }: { detail: Detail; steps: number; version: unknown }) {
   const { run } = detail;
   const mixture = useAnswer<Mixture>("mixture", { run, width: 300 }, version);
   const sources = useAnswer<Sources>("sources", { run }, version);
@@ -56,7 +57,7 @@ export function DataPage({ detail, version }: { detail: Detail; version: unknown
         <Answer asked={mixture} empty={(data) => !data.x.length && "No source has given anything yet."}>{(data) => <SourceTable mixture={data} sources={sources.data} />}</Answer>
         {sources.data?.epochs.error && <p class="note">Epochs: {sources.data.epochs.error}</p>}
       </Card>
-      <Batch run={run} last={detail.step - 1} step={step} onStep={setStep} />
+      <Batch run={run} last={steps - 1} step={step} onStep={setStep} />
       <Card title="Rejected records">
         <Answer asked={sources} empty={(data) => !data.rejects.newest.length && "Nothing was rejected."}>
           {(data) => (
@@ -132,7 +133,7 @@ function Batch({ run, last, step, onStep }: { run: string; last: number; step: n
   const form = (
     <form class="tools" onSubmit={submit}>
       <label class="choice">
-        Step <input name="step" type="number" min={0} max={Math.max(0, last)} value={step ?? Math.max(0, last)} key={step ?? -1} />
+        Step <input name="step" type="number" min={0} max={Math.max(0, last)} defaultValue={String(step ?? Math.max(0, last))} key={step ?? -1} />
       </label>
       <button type="submit" disabled={last < 0}>Show</button>
     </form>
