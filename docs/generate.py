@@ -73,9 +73,10 @@ Values per layer come in measured steps only, every `metrics.dynamics.every`; la
 them `embedding`, `final_norm` and `output`. [Watch the model](how-to/watch-the-model.md) says what to look for.
 
 In wandb and TensorBoard, training values are called `train/<name>` (per source or layer `train/<name>/<source>`) and
-held-out losses `val/loss/<source>`. In Prometheus every value has the label `run`, values per source, layer or rank
-also `source`, `layer` or `rank`. Values per rank come every `metrics.ranks_every` steps, in `metrics.jsonl` and
-Prometheus only; the others are of all ranks together. [Monitoring](monitoring.md) has dashboards and alerts.
+held-out losses `val/loss/<source>` and `val/bits_per_byte/<source>`. In Prometheus every value has the label `run`,
+values per source, layer or rank also `source`, `layer` or `rank`. Values per rank come every `metrics.ranks_every`
+steps, in `metrics.jsonl` and Prometheus only; the others are of all ranks together. [Monitoring](monitoring.md) has
+dashboards and alerts.
 """
 
 

@@ -72,6 +72,8 @@ class SourceSummary:
     """Mean training loss of the source's last records."""
     first_val_loss: float | None
     last_val_loss: float | None
+    last_val_bits_per_byte: float | None
+    """Of the last evaluation."""
     fall: float | None
     """How much of the first validation loss is gone at the last: 0.4 means 40 % lower."""
 
@@ -132,6 +134,7 @@ def summarise(run: RunData) -> Summary:
     for name in run.sources:
         values = [record["val_loss"][name] for record in run.evaluations if name in record["val_loss"]]
         first, last = (values[0], values[-1]) if values else (None, None)
+        per_byte = [found[name] for r in run.evaluations if name in (found := r.get("val_bits_per_byte", {}))]
         own = series(run, name)
         sources.append(
             SourceSummary(
@@ -141,6 +144,7 @@ def summarise(run: RunData) -> Summary:
                 last_loss=_mean(own[np.isfinite(own)][-LAST_STEPS:]),
                 first_val_loss=first,
                 last_val_loss=last,
+                last_val_bits_per_byte=per_byte[-1] if per_byte else None,
                 fall=1 - last / first if first and last is not None and len(values) > 1 else None,
             )
         )

@@ -160,11 +160,12 @@ def _sources(summary: Summary) -> str:
             _loss(source.last_loss),
             _loss(source.first_val_loss),
             _loss(source.last_val_loss),
+            _loss(source.last_val_bits_per_byte),
             "–" if source.fall is None else f"{100 * source.fall:.1f} %",
         )
         for source in summary.sources
     ]
-    heads = ("source", "tokens", "share", "train loss", "first validation", "last validation", "fall")
+    heads = ("source", "tokens", "share", "train loss", "first validation", "last validation", "bits per byte", "fall")
     return _table(heads, rows, text_columns=(0,))
 
 

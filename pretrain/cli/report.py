@@ -59,7 +59,7 @@ def _print(summary: "Summary", picture: Path) -> None:
     console.print(facts)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("source")
-    for heading in ("tokens", "share", "train loss", "val first", "val last", "val fall"):
+    for heading in ("tokens", "share", "train loss", "val first", "val last", "val bits/byte", "val fall"):
         table.add_column(heading, justify="right")
     for source in summary.sources:
         table.add_row(
@@ -69,6 +69,7 @@ def _print(summary: "Summary", picture: Path) -> None:
             _loss(source.last_loss),
             _loss(source.first_val_loss),
             _loss(source.last_val_loss),
+            _loss(source.last_val_bits_per_byte),
             "-" if source.fall is None else f"{100 * source.fall:.1f}%",
         )
     console.print(table)

@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from headrace.errors import ConfigError
 from pretrain.metrics.jsonl import read_records
-from pretrain.metrics.registry import METRICS, Record, is_evaluation
+from pretrain.metrics.registry import METRICS, Record, is_evaluation, tracker_name
 
 ROWS = 10_000
 """Rows in a group: what is held in memory at once."""
@@ -85,7 +85,7 @@ def _cells(record: Record) -> Iterator[tuple[str, pa.DataType, object]]:
     for name, value in record.items():
         if name == "step":
             continue
-        column = "val/loss" if name == "val_loss" else f"train/{name}"
+        column = tracker_name(name)
         for suffix, cell in value.items() if isinstance(value, dict) else (("", value),):
             if isinstance(cell, int | float):  # true and false among them
                 kind = _KINDS.get(name, pa.int64() if isinstance(cell, int) else pa.float64())

@@ -3,7 +3,7 @@
 Two kinds of record exist, told apart by `val_loss`:
 
     {"step": 7, "tokens": 32768, "loss": 5.31, ..., "source_loss": {"code": 4.9, "prose": 5.6}}     training
-    {"step": 8, "val_loss": {"code": 4.8, "prose": 5.5}}                                            evaluation
+    {"step": 8, "val_loss": {"code": 4.8, "prose": 5.5}, "val_bits_per_byte": {...}}                evaluation
 
 A training record's `step` counts from 0 and names the optimizer step it describes; its loss was computed before that
 step's update. An evaluation's `step` is the number of optimizer steps done. So both at the same `step` saw the same
@@ -359,6 +359,16 @@ METRICS: Final = (
         "source",
         made_by="pretrain.evaluate",
     ),
+    Metric(
+        "val_bits_per_byte",
+        "gauge",
+        "bits/byte",
+        "the same losses, summed over all target tokens (ends of documents too), over the UTF-8 bytes of the text that "
+        "these tokens stand for (special tokens: none); comparable between tokenizers",
+        "headrace_val_bits_per_byte",
+        "source",
+        made_by="pretrain.evaluate",
+    ),
 )
 
 OF_MACHINE: Final = frozenset(metric.name for metric in METRICS if metric.of_machine)
@@ -371,6 +381,11 @@ def is_evaluation(record: Record) -> bool:
     return "val_loss" in record
 
 
+def tracker_name(name: str) -> str:
+    """What a key of a record is called in trackers and exported tables: `train/loss`, `val/loss`."""
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+
+
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
     """`record`'s numbers under tracker names: `train/loss`, `train/source_loss/code`, `val/loss/code`.
 
@@ -380,7 +395,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if name == "step" or name in _PER_RANK:
             continue
-        tag = "val/loss" if name == "val_loss" else f"train/{name}"
+        tag = tracker_name(name)
         for suffix, number in value.items() if isinstance(value, dict) else (("", value),):
             if not isinstance(number, str | bytes | list | type(None)):
                 yield (f"{tag}/{suffix}" if suffix else tag), float(number)
