@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from headrace.errors import ConfigError
 from pretrain.metrics import Record, read_records
-from pretrain.metrics.registry import is_evaluation
+from pretrain.metrics.registry import has_scores, is_evaluation
 from pretrain.picture import COLOURS, LINE_STYLES, picture
 
 Floats = npt.NDArray[np.float64]
@@ -45,6 +45,8 @@ class RunData:
     folder: Path
     training: list[Record]
     evaluations: list[Record]
+    scores: list[Record]
+    """Scores of tasks."""
     journal: list[dict[str, Any]]
     """Events of `journal.jsonl`; empty without one."""
 
@@ -97,6 +99,8 @@ class Summary:
     last_loss: float
     """Mean of the last 20 steps."""
     sources: list[SourceSummary]
+    scores: dict[str, dict[str, float]]
+    """Of each `task/metric` its values by step of the checkpoint, ascending."""
     checkpoint: str | None
     """Newest complete checkpoint."""
     finished: bool
@@ -116,11 +120,12 @@ def load_run(folder: str | Path) -> RunData:
     if not metrics.exists():
         raise ConfigError(f"{folder} is not a run folder: it has no metrics.jsonl")
     records = list(read_records(metrics))
-    training = [record for record in records if not is_evaluation(record)]
+    training = [record for record in records if not is_evaluation(record) and not has_scores(record)]
     if not training:
         raise ConfigError(f"{metrics} has no training record yet; wait for the first step or look in {folder / 'log'}")
     evaluations = [record for record in records if is_evaluation(record)]
-    return RunData(folder, training, evaluations, _read_journal(folder / "journal.jsonl"))
+    scores = [record for record in records if has_scores(record)]
+    return RunData(folder, training, evaluations, scores, _read_journal(folder / "journal.jsonl"))
 
 
 def summarise(run: RunData) -> Summary:
@@ -159,9 +164,18 @@ def summarise(run: RunData) -> Summary:
         first_loss=float(losses[0]),
         last_loss=float(np.mean(losses[-LAST_STEPS:])),
         sources=sources,
+        scores=_scores(run),
         checkpoint=_newest_checkpoint(run.folder),
         finished=kinds[-1:] == ["run_finished"],
     )
+
+
+def _scores(run: RunData) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for record in sorted(run.scores, key=lambda record: int(record["step"])):  # of one step the last that was asked
+        for name, value in record["eval"].items():
+            found.setdefault(name, {})[str(record["step"])] = value
+    return found
 
 
 def series(run: RunData, source: str | None) -> Floats:

@@ -73,6 +73,15 @@ def _print(summary: "Summary", picture: Path) -> None:
             "-" if source.fall is None else f"{100 * source.fall:.1f}%",
         )
     console.print(table)
+    if summary.scores:
+        scores = Table(show_edge=False, pad_edge=False, header_style="bold")
+        scores.add_column("task")
+        for heading in ("step", "value"):
+            scores.add_column(heading, justify="right")
+        for name, values in summary.scores.items():
+            step, value = list(values.items())[-1]
+            scores.add_row(escape(name), step, _loss(value))
+        console.print(scores)
 
 
 def _loss(value: float | None) -> str:
