@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* cs
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
-	$(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[train,trackers,prep,dev]'
+	$(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[train,trackers,prep,eval,dev]'
 	@touch $@
 
 quickstart: install  ## Sample corpus, tokenizer, two minutes of training, summary and plot

@@ -30,7 +30,18 @@ FLOWS = frozenset({"tokens", "documents"})
 """Units of counters that are drawn as a rate; other counters have few events, and their totals say more."""
 
 ROWS = {
-    "Loss": ("loss", "source_loss", "val_loss", "mtp_loss", "grad_norm", "lr", "loss_scale", "not_finite", "anomalies"),
+    "Loss": (
+        "loss",
+        "source_loss",
+        "val_loss",
+        "val_bits_per_byte",
+        "mtp_loss",
+        "grad_norm",
+        "lr",
+        "loss_scale",
+        "not_finite",
+        "anomalies",
+    ),
     "Speed": ("tokens_per_s", "step_s", "tokens", "input_tokens", "step", "seq_len", "global_batch_size"),
     "Data": (
         "data_wait_s",

@@ -33,12 +33,13 @@ from configuration_pages import NOTE, Schema, configuration, preparation, table 
 METRIC_PAGE = f"""{NOTE}
 # Metrics
 
-`<run>/metrics.jsonl` has one JSON object a line. There are two kinds of record: an evaluation has `val_loss`, every
-other record is a training step.
+`<run>/metrics.jsonl` has one JSON object a line. There are three kinds of record: an evaluation has `val_loss`, scores
+of tasks have `eval`, every other record is a training step.
 
 - A training record's `step` counts from 0 and names the optimizer step it describes. Its loss was computed before that
   step's update.
 - An evaluation's `step` is the number of optimizer steps done. So both kinds at the same `step` saw the same weights.
+- Scores of tasks are of the checkpoint of their `step`; `headrace eval` adds them at the end, whenever it is called.
 - Floats are written so that they read back to the same bits; NaN and infinities are the strings `"NaN"`, `"Infinity"`
   and `"-Infinity"`. `pretrain.metrics.read_records` turns them back.
 - A resumed run does the steps after its checkpoint again. The records they replace move to
@@ -48,9 +49,10 @@ Values per layer come in measured steps only, every `metrics.dynamics.every`; la
 them `embedding`, `final_norm` and `output`. [Watch the model](how-to/watch-the-model.md) says what to look for.
 
 In wandb and TensorBoard, training values are called `train/<name>` (per source or layer `train/<name>/<source>`) and
-held-out losses `val/loss/<source>`. In Prometheus every value has the label `run`, values per source, layer or rank
-also `source`, `layer` or `rank`. Values per rank come every `metrics.ranks_every` steps, in `metrics.jsonl` and
-Prometheus only; the others are of all ranks together. [Monitoring](monitoring.md) has dashboards and alerts.
+held-out losses `val/loss/<source>` and `val/bits_per_byte/<source>`. In Prometheus every value has the label `run`,
+values per source, layer or rank also `source`, `layer` or `rank`. Values per rank come every `metrics.ranks_every`
+steps, in `metrics.jsonl` and Prometheus only; the others are of all ranks together. [Monitoring](monitoring.md) has
+dashboards and alerts. Scores of tasks go to `metrics.jsonl` alone, as `eval`.
 """
 
 

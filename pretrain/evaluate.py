@@ -1,8 +1,13 @@
 """Held-out loss: a fixed set of sequences per source, packed as training packs them, the same for every layout.
 
 The held-out documents are read once, when the run starts; evaluation does not touch the training stream's state.
+
+Beside the loss per token, which depends on the tokenizer, stands the loss per byte, which does not (to be exact: the
+bits per byte of arXiv 2101.00027, section 3.1). Summed are the losses of all target tokens, the end of a document among
+them; divided by ln 2 and the bytes of the text those tokens stand for.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +23,7 @@ from data_scheduler.order import Int64
 from data_scheduler.packers import PACKERS
 from data_scheduler.packing import Carry
 from data_scheduler.source import SourceReader
+from data_scheduler.token_bytes import ByteCounter
 from data_scheduler.unit_cache import UnitCache
 from parallel import exchange
 from parallel.layout import Layout
@@ -53,8 +59,11 @@ class HeldOut:
             for sequence in _first_sequences(source, config, encoder, count, self.rejects)
         ]
         self.microbatches: list[MicroBatch] = []
+        self.bits_per_nat_per_token: dict[str, float] = {}
+        """Of each source target tokens over (ln 2 · bytes of their text); of all ranks' sequences, the same on each."""
         if not found:
             return
+        self.bits_per_nat_per_token = _factors(found, self.names, encoder)
         # Every rank runs the same number of micro-batches, or pipelines would wait for ever; the last are padded with
         # copies whose tokens do not count.
         group = dp_size * micro_batch_size * multiple
@@ -82,12 +91,29 @@ class HeldOut:
             if tokens[number]
         }
 
+    def bits_per_byte(self, losses: dict[str, float]) -> dict[str, float]:
+        """What `losses` are per byte of text, in bits; a source whose target tokens stand for no text is left out."""
+        factors = self.bits_per_nat_per_token
+        return {name: loss * factors[name] for name, loss in losses.items() if name in factors}
+
     def _mute(self, row: int, micro_batch_size: int) -> None:
         index, place = divmod(row, micro_batch_size)
         microbatch = self.microbatches[index]
         mask = microbatch.loss_mask.clone().view(micro_batch_size, -1)
         mask[place] = False
         self.microbatches[index] = replace(microbatch, loss_mask=torch.reshape(mask, microbatch.loss_mask.shape))
+
+
+def _factors(found: list[tuple[int, Int64, Segments]], names: list[str], encoder: Encoder) -> dict[str, float]:
+    counter = ByteCounter(encoder)
+    tokens, text = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
+    for number, row, segments in found:
+        # Which tokens count is asked of what the model gets, so that both never differ.
+        (one,) = split_batch(row[None], [segments.starts], np.array([number]), 1, [segments.weights])
+        counted = np.append(False, one.loss_mask.numpy())
+        tokens[number] += counted.sum()
+        text[number] += counter.count(row, counted)
+    return {name: tokens[n] / (math.log(2) * text[n]) for n, name in enumerate(names) if text[n]}
 
 
 def read_held_out(

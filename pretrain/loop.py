@@ -303,7 +303,8 @@ class Run:
         losses = self.held_out.losses(self.state)
         if losses:
             self.scheduler.validated(losses)
-            record: Record = {"step": self.done.step, "val_loss": losses}
+            per_byte = self.held_out.bits_per_byte(losses)
+            record: Record = {"step": self.done.step, "val_loss": losses, "val_bits_per_byte": per_byte}
             for sink in sinks:
                 sink.write(record)
             if self.ranks.rank == 0:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from headrace.errors import ConfigError
 from pretrain.metrics import Record, read_records
-from pretrain.metrics.registry import is_evaluation
+from pretrain.metrics.registry import has_scores, is_evaluation
 from pretrain.picture import COLOURS, LINE_STYLES, picture
 
 Floats = npt.NDArray[np.float64]
@@ -45,6 +45,8 @@ class RunData:
     folder: Path
     training: list[Record]
     evaluations: list[Record]
+    scores: list[Record]
+    """Scores of tasks."""
     journal: list[dict[str, Any]]
     """Events of `journal.jsonl`; empty without one."""
 
@@ -72,6 +74,8 @@ class SourceSummary:
     """Mean training loss of the source's last records."""
     first_val_loss: float | None
     last_val_loss: float | None
+    last_val_bits_per_byte: float | None
+    """Of the last evaluation."""
     fall: float | None
     """How much of the first validation loss is gone at the last: 0.4 means 40 % lower."""
 
@@ -95,6 +99,8 @@ class Summary:
     last_loss: float
     """Mean of the last 20 steps."""
     sources: list[SourceSummary]
+    scores: dict[str, dict[str, float]]
+    """Of each `task/metric` its values by step of the checkpoint, ascending."""
     checkpoint: str | None
     """Newest complete checkpoint."""
     finished: bool
@@ -114,11 +120,12 @@ def load_run(folder: str | Path) -> RunData:
     if not metrics.exists():
         raise ConfigError(f"{folder} is not a run folder: it has no metrics.jsonl")
     records = list(read_records(metrics))
-    training = [record for record in records if not is_evaluation(record)]
+    training = [record for record in records if not is_evaluation(record) and not has_scores(record)]
     if not training:
         raise ConfigError(f"{metrics} has no training record yet; wait for the first step or look in {folder / 'log'}")
     evaluations = [record for record in records if is_evaluation(record)]
-    return RunData(folder, training, evaluations, _read_journal(folder / "journal.jsonl"))
+    scores = [record for record in records if has_scores(record)]
+    return RunData(folder, training, evaluations, scores, _read_journal(folder / "journal.jsonl"))
 
 
 def summarise(run: RunData) -> Summary:
@@ -132,6 +139,7 @@ def summarise(run: RunData) -> Summary:
     for name in run.sources:
         values = [record["val_loss"][name] for record in run.evaluations if name in record["val_loss"]]
         first, last = (values[0], values[-1]) if values else (None, None)
+        per_byte = [found[name] for r in run.evaluations if name in (found := r.get("val_bits_per_byte", {}))]
         own = series(run, name)
         sources.append(
             SourceSummary(
@@ -141,6 +149,7 @@ def summarise(run: RunData) -> Summary:
                 last_loss=_mean(own[np.isfinite(own)][-LAST_STEPS:]),
                 first_val_loss=first,
                 last_val_loss=last,
+                last_val_bits_per_byte=per_byte[-1] if per_byte else None,
                 fall=1 - last / first if first and last is not None and len(values) > 1 else None,
             )
         )
@@ -155,9 +164,18 @@ def summarise(run: RunData) -> Summary:
         first_loss=float(losses[0]),
         last_loss=float(np.mean(losses[-LAST_STEPS:])),
         sources=sources,
+        scores=_scores(run),
         checkpoint=_newest_checkpoint(run.folder),
         finished=kinds[-1:] == ["run_finished"],
     )
+
+
+def _scores(run: RunData) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for record in sorted(run.scores, key=lambda record: int(record["step"])):  # of one step the last that was asked
+        for name, value in record["eval"].items():
+            found.setdefault(name, {})[str(record["step"])] = value
+    return found
 
 
 def series(run: RunData, source: str | None) -> Floats:

@@ -24,6 +24,8 @@ MOST_SOURCES = 12
 """Sources that get a line, those with the most tokens; the table has them all."""
 MOST_EVENTS = 200
 """The journal's newest events that the page lists."""
+MOST_SCORED = 8
+"""Checkpoints whose scores of tasks the page lists."""
 QUIET = frozenset({"manifest", "checkpoint", "policy_input", "proposed", "capped"})
 """Kinds of event that are many and tell a reader little."""
 NOISY = frozenset({"Speed", "Waiting for data", "Gradient norm"})
@@ -77,7 +79,7 @@ def page(run: RunData) -> str:
 <h1>{name}</h1><p class="state">{state}</p>
 {_facts(summary)}
 <h2>Over the run</h2><div class="charts">{"".join(chart.figure() for chart in charts(run, summary))}</div>
-<h2>Sources</h2>{_sources(summary)}
+<h2>Sources</h2>{_sources(summary)}{_scores(summary)}
 <h2>What happened</h2>{_events(run)}
 </body></html>
 """
@@ -160,12 +162,22 @@ def _sources(summary: Summary) -> str:
             _loss(source.last_loss),
             _loss(source.first_val_loss),
             _loss(source.last_val_loss),
+            _loss(source.last_val_bits_per_byte),
             "–" if source.fall is None else f"{100 * source.fall:.1f} %",
         )
         for source in summary.sources
     ]
-    heads = ("source", "tokens", "share", "train loss", "first validation", "last validation", "fall")
+    heads = ("source", "tokens", "share", "train loss", "first validation", "last validation", "bits per byte", "fall")
     return _table(heads, rows, text_columns=(0,))
+
+
+def _scores(summary: Summary) -> str:
+    """A table of tasks, a column for each of the newest checkpoints that were scored; nothing where none was."""
+    steps = sorted({int(step) for values in summary.scores.values() for step in values})[-MOST_SCORED:]
+    if not steps:
+        return ""
+    rows = [(name, *(_loss(values.get(str(step))) for step in steps)) for name, values in summary.scores.items()]
+    return "<h2>Tasks</h2>" + _table(("task", *(f"step {step:,}" for step in steps)), rows, text_columns=(0,))
 
 
 def _events(run: RunData) -> str:

@@ -20,6 +20,7 @@ from pretrain.cli import (
     dashboard,
     data,
     doctor,
+    evaluate,
     generate,
     metrics,
     mix,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command(name="train", context_settings={"allow_interspersed_args": True})(train.train)
 app.command(name="generate")(generate.generate)
+app.command(name="eval")(evaluate.evaluate)
 app.command(name="report")(report.report)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="dashboard")(dashboard.dashboard)

@@ -59,7 +59,7 @@ def _print(summary: "Summary", picture: Path) -> None:
     console.print(facts)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("source")
-    for heading in ("tokens", "share", "train loss", "val first", "val last", "val fall"):
+    for heading in ("tokens", "share", "train loss", "val first", "val last", "val bits/byte", "val fall"):
         table.add_column(heading, justify="right")
     for source in summary.sources:
         table.add_row(
@@ -69,9 +69,19 @@ def _print(summary: "Summary", picture: Path) -> None:
             _loss(source.last_loss),
             _loss(source.first_val_loss),
             _loss(source.last_val_loss),
+            _loss(source.last_val_bits_per_byte),
             "-" if source.fall is None else f"{100 * source.fall:.1f}%",
         )
     console.print(table)
+    if summary.scores:
+        scores = Table(show_edge=False, pad_edge=False, header_style="bold")
+        scores.add_column("task")
+        for heading in ("step", "value"):
+            scores.add_column(heading, justify="right")
+        for name, values in summary.scores.items():
+            step, value = list(values.items())[-1]
+            scores.add_row(escape(name), step, _loss(value))
+        console.print(scores)
 
 
 def _loss(value: float | None) -> str:

@@ -3,9 +3,10 @@
     export("runs/wonton", Path("wonton.parquet"), "parquet")
 
 One row a record, training steps and evaluations in the order of `metrics.jsonl`, told apart by column `kind` (`train`,
-`val`). Columns are named as in the trackers (`train/loss`, `train/source_loss/code`, `val/loss/code`), besides `step`
-and `kind`; values per rank are there too. A value that a record does not have is null (empty in CSV); NaN and
-infinities stay what they are. Whole numbers stay whole: int64, all others float64.
+`val`, and `eval` for scores of tasks). Columns are named as in the trackers (`train/loss`, `train/source_loss/code`,
+`val/loss/code`, `eval/piqa/acc`), besides `step` and `kind`; values per rank are there too. A value that a record does
+not have is null (empty in CSV); NaN and infinities stay what they are. Whole numbers stay whole: int64, all others
+float64.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pyarrow.parquet
 
 from headrace.errors import ConfigError
 from pretrain.metrics.jsonl import read_records
-from pretrain.metrics.registry import METRICS, Record, is_evaluation
+from pretrain.metrics.registry import METRICS, Record, has_scores, is_evaluation, tracker_name
 
 ROWS = 10_000
 """Rows in a group: what is held in memory at once."""
@@ -70,7 +71,7 @@ def _tables(path: Path, schema: pa.Schema, count: int) -> Iterator[pa.Table]:
     for number, record in enumerate(read_records(path)):
         if number == count:
             break
-        row: Record = {"step": record["step"], "kind": "val" if is_evaluation(record) else "train"}
+        row: Record = {"step": record["step"], "kind": _kind(record)}
         for name, _, value in _cells(record):
             row[name] = float(value) if schema.field(name).type == pa.float64() else value
         rows.append(row)
@@ -80,12 +81,16 @@ def _tables(path: Path, schema: pa.Schema, count: int) -> Iterator[pa.Table]:
     yield pa.Table.from_pylist(rows, schema)
 
 
+def _kind(record: Record) -> str:
+    return "val" if is_evaluation(record) else "eval" if has_scores(record) else "train"
+
+
 def _cells(record: Record) -> Iterator[tuple[str, pa.DataType, object]]:
     """(column, type, value) of a record but its step."""
     for name, value in record.items():
         if name == "step":
             continue
-        column = "val/loss" if name == "val_loss" else f"train/{name}"
+        column = tracker_name(name)
         for suffix, cell in value.items() if isinstance(value, dict) else (("", value),):
             if isinstance(cell, int | float):  # true and false among them
                 kind = _KINDS.get(name, pa.int64() if isinstance(cell, int) else pa.float64())

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.metrics.registry import Record, is_evaluation
+from pretrain.metrics.registry import Record, has_scores, is_evaluation
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -44,6 +44,18 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield decode(line)
             except ValueError:
                 continue
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add one record to a file that a run may be writing too: one write at the end, on a line of its own even where a
+    killed run has left half a line. Raises OSError."""
+    line = encode(record)
+    with path.open("a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
 
 
 class JsonlSink:
@@ -105,8 +117,8 @@ def _supersede(path: Path, resume_step: int) -> int:
         except ValueError:
             cut.append(encode({"torn": line.decode("utf-8", "replace")}))
             continue
-        of_checkpoint = is_evaluation(record) and record["step"] == resume_step > 0
-        if of_checkpoint:
+        of_checkpoint = (is_evaluation(record) or has_scores(record)) and record["step"] == resume_step > 0
+        if of_checkpoint and is_evaluation(record):
             evaluated_at = resume_step
         (kept if record["step"] < resume_step or of_checkpoint else cut).append(line + b"\n")
     if b"".join(kept) != content:

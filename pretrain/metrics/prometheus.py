@@ -106,9 +106,8 @@ class _Values:
 
     def take(self, record: Record) -> None:
         with self._lock:
-            if is_evaluation(record):
-                self._values["val_loss"] = dict(record["val_loss"])
-                return
+            if is_evaluation(record):  # its step counts otherwise than a training record's
+                record = {name: value for name, value in record.items() if name != "step"}
             for metric in METRICS:
                 value = record.get(metric.name)
                 if not metric.exported or value is None:

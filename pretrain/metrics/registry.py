@@ -1,13 +1,15 @@
 """The one list of metrics: every name that may stand in a record, what it means, and what it is called elsewhere.
 
-Two kinds of record exist, told apart by `val_loss`:
+Three kinds of record exist; the second has `val_loss`, the third `eval`:
 
     {"step": 7, "tokens": 32768, "loss": 5.31, ..., "source_loss": {"code": 4.9, "prose": 5.6}}     training
-    {"step": 8, "val_loss": {"code": 4.8, "prose": 5.5}}                                            evaluation
+    {"step": 8, "val_loss": {"code": 4.8, "prose": 5.5}, "val_bits_per_byte": {...}}                evaluation
+    {"step": 8, "eval": {"winogrande/acc": 0.52, "winogrande/...": 0.5}}                            scores of tasks
 
 A training record's `step` counts from 0 and names the optimizer step it describes; its loss was computed before that
 step's update. An evaluation's `step` is the number of optimizer steps done. So both at the same `step` saw the same
-weights, and both can share one axis.
+weights, and both can share one axis. Scores of tasks (`headrace eval`) count steps like an evaluation; they come later,
+in the order in which they were asked for.
 """
 
 from collections.abc import Iterator
@@ -359,6 +361,24 @@ METRICS: Final = (
         "source",
         made_by="pretrain.evaluate",
     ),
+    Metric(
+        "val_bits_per_byte",
+        "gauge",
+        "bits/byte",
+        "the same losses, summed over all target tokens (ends of documents too), over the UTF-8 bytes of the text that "
+        "these tokens stand for (special tokens: none); comparable between tokenizers",
+        "headrace_val_bits_per_byte",
+        "source",
+        made_by="pretrain.evaluate",
+    ),
+    Metric(
+        "eval",
+        "gauge",
+        "",
+        "what `headrace eval` found, as `task/metric`; of the checkpoint of this step",
+        label="task",
+        made_by="pretrain.evaluation.results",
+    ),
 )
 
 OF_MACHINE: Final = frozenset(metric.name for metric in METRICS if metric.of_machine)
@@ -367,8 +387,20 @@ _PER_RANK: Final = frozenset(metric.name for metric in METRICS if metric.label =
 
 
 def is_evaluation(record: Record) -> bool:
-    """Whether `record` is an evaluation's; every other record is a training step's."""
+    """Whether `record` has held-out losses, which a run writes between steps."""
     return "val_loss" in record
+
+
+def has_scores(record: Record) -> bool:
+    """Whether `record` has a checkpoint's scores of tasks, added by `headrace eval`."""
+    return "eval" in record
+
+
+def tracker_name(name: str) -> str:
+    """What a key of a record is called in trackers and exported tables: `train/loss`, `val/loss`, `eval`."""
+    if name == "eval":
+        return name
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
@@ -380,7 +412,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if name == "step" or name in _PER_RANK:
             continue
-        tag = "val/loss" if name == "val_loss" else f"train/{name}"
+        tag = tracker_name(name)
         for suffix, number in value.items() if isinstance(value, dict) else (("", value),):
             if not isinstance(number, str | bytes | list | type(None)):
                 yield (f"{tag}/{suffix}" if suffix else tag), float(number)

@@ -61,7 +61,7 @@ class Series(NamedTuple):
 
 
 class Table:
-    """The records of one kind: `train` (a training step's) or `val` (an evaluation's)."""
+    """The records of one kind: `train` (a training step's) or `val` (an evaluation's, or scores of tasks)."""
 
     def __init__(self) -> None:
         self.step, self.tokens = Column(np.int64), Column(np.int64)
@@ -207,7 +207,7 @@ class MetricsIndex:
             return
         tokens = record.get("tokens")
         tokens = tokens if type(tokens) is int and 0 <= tokens < 1 << 62 else -1
-        kind = "val" if "val_loss" in record else "train"
+        kind = "val" if "val_loss" in record or "eval" in record else "train"
         self.tables[kind].add(record["step"], tokens, _numbers(record))
 
 

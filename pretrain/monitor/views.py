@@ -65,7 +65,7 @@ def series(
     smoothed over `window` records where it is more than one."""
     found = {}
     for name in names:
-        table = run.metrics.tables["val" if name.startswith("val_loss/") else "train"]
+        table = run.metrics.tables["val" if name.startswith(("val_", "eval/")) else "train"]
         x, y = _points(table, name, axis, run.metrics.tables["train"])
         if not len(x):
             continue

@@ -1,0 +1,40 @@
+"""`headrace eval` where there is nothing to score, or nothing to score with: one line, exit code 2."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.errors import ConfigError
+from pretrain import cli
+from pretrain.evaluation.score import import_lm_eval
+
+
+def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", ["headrace", "eval", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1, said
+    return said
+
+
+def test_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> str:
+        return refused(list(arguments), monkeypatch, capfd)
+
+    assert f"{tmp_path}: no checkpoint in this run folder" in said(str(tmp_path), "--tasks", "piqa")
+    assert "no such run folder" in said(str(tmp_path / "nowhere"), "--tasks", "piqa")
+    (tmp_path / "config.json").write_text("{}")
+    assert "name one task at least" in said(str(tmp_path), "--tasks", " , ")
+    assert "--step" in said(str(tmp_path), "--tasks", "headrace_tiny", "--step", "-1")
+    assert not (tmp_path / "evaluations").exists()
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'headrace\[eval\]'"):
+        import_lm_eval()
