@@ -49,6 +49,7 @@ from pretrain.stages import parallel_of, settings_of
 from pretrain.step import TrainState, build_state, train_step
 from pretrain.step_record import Circumstances, by_source, step_record
 from pretrain.stop_signals import stopping_on_signals
+from pretrain.utilisation import Utilisation
 from pretrain.whole_batch import exhausted_everywhere, global_hash
 
 
@@ -84,6 +85,7 @@ class Run:
         watchdog.beat("building the model")
         self.state: TrainState = build_state(config, layout, ranks, vocab_size)
         self.state.beat = watchdog.beat
+        self.utilisation = Utilisation(self.config, vocab_size, ranks.world_size)
         self.stragglers = Stragglers(
             config.recovery, ranks, self.state.chunks[0].config, comparable=not layout.fully_sharded
         )
@@ -258,8 +260,9 @@ class Run:
         self.done = checkpoint.Progress(batch.step + 1, self.done.tokens + sum(tokens.values()))
         sha256 = global_hash(batch, self.ranks.dp_rank)
         took = time.perf_counter() - began
-        wait, rejects, memory = exchange.largest(
-            [batch.wait_s, float(len(batch.rejects)), float(accelerator.max_memory_allocated())]
+        memory = accelerator.max_memory_allocated()
+        wait, passes_s, update_s, rejects, memory = exchange.largest(
+            [batch.wait_s, result.passes_s, result.update_s, len(batch.rejects), memory]
         )
         if rejects:
             self._record_rejects(batch)
@@ -271,11 +274,15 @@ class Run:
             input_tokens=self._tokens_before(batch.step + 1),
             took_s=took,
             data_wait_s=wait,
+            passes_s=passes_s,
+            update_s=update_s,
             peak_memory_bytes=int(memory),
             batch_sha256=sha256,
             is_fp16=self.config.train.precision == "fp16",
         )
         record = step_record(result, at, losses, tokens, self.scheduler.names)
+        if self.selection is None:  # which leaves out some of the operations
+            record |= self.utilisation.of_step(stage.seq_len, stage.seq_len * stage.global_batch_size, took)
         record |= self.stragglers.after(batch.step, self._note)
         if self.vitals is not None:
             record |= self.vitals.read(self.scheduler.names)

@@ -1,5 +1,6 @@
 """One training step, on one screen: micro-batches in, updated weights and exact per-source losses out."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on every rank."""
+    """What a step did; the same on every rank but for the seconds it took."""
 
     loss: float
     """Mean reported loss of the global batch's tokens, natural log; NaN when any token's loss was not finite."""
@@ -85,6 +86,10 @@ class StepResult:
     """What was measured inside the model, in a step that is measured."""
     mtp_loss: float | None = None
     """Mean loss of the multi-token heads, over all they had to predict; None without them."""
+    passes_s: float = field(default=0.0, compare=False)
+    """Seconds this rank took for the forward and backward passes, the sums of gradients over replicas included."""
+    update_s: float = field(default=0.0, compare=False)
+    """Seconds this rank took for clipping and the update; of work that it leaves to a GPU, none."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ def build_state(
 
 def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float) -> StepResult:
     """Forward and backward over this rank's `microbatches` (all of one size), then one update at `lr`."""
+    began = time.perf_counter()
     for chunk in state.wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -142,6 +148,7 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         )
     with measurement or nullcontext():
         report = _run(state, microbatches, forward_only=False, measurement=measurement)
+        passed = time.perf_counter()
         reach("step: before the update")
         still = frozen(state.stored, state.optimizer, state.stage.trainable)
         loss = mean_loss(report[:3])
@@ -157,6 +164,8 @@ def train_step(state: TrainState, microbatches: Sequence[MicroBatch], lr: float)
         loss_scale=scale,
         dynamics=measurement.values(state.noise_scale) if measurement else None,
         mtp_loss=mean_loss(report[3:]) if heads else None,
+        passes_s=passed - began,
+        update_s=time.perf_counter() - passed,
     )
 
 

@@ -24,6 +24,9 @@ class Circumstances(NamedTuple):
     took_s: float
     data_wait_s: float
     """Of the rank that waited longest."""
+    passes_s: float
+    """Of the rank whose forward and backward passes took longest; `update_s` likewise."""
+    update_s: float
     peak_memory_bytes: int
     """Of the fullest rank."""
     batch_sha256: str
@@ -54,6 +57,8 @@ def step_record(
         "tokens_per_s": sum(tokens.values()) / at.took_s,
         "step_s": at.took_s,
         "data_wait_s": at.data_wait_s,
+        "passes_s": at.passes_s,
+        "update_s": at.update_s,
         "peak_memory_bytes": at.peak_memory_bytes,
         "batch_sha256": at.batch_sha256,
         "source_loss": dict(losses),

@@ -55,16 +55,22 @@ def stored_run(folder: Path, steps: int = 40, sources: tuple[str, ...] = ("code"
     journal.append("run_started", 0, {"version": "0", "data": {"policy": policy, "sources": configured}}, "config")
     journal.append("mixture", 0, {"weights": dict.fromkeys(sources, 1.0)}, "policy:static")
     sink = JsonlSink.open(folder / "metrics.jsonl")
+    sink.write({"step": 0, "val_loss": dict.fromkeys(sources, 6.2), "val_bits_per_byte": dict.fromkeys(sources, 3.8)})
     for step in range(steps):
         loss = 6.0 - 4.0 * step / steps
         record = {
             "step": step, "tokens": 1000 * (step + 1), "loss": loss, "grad_norm": 1.0, "lr": 1e-3,
-            "tokens_per_s": 5000.0, "step_s": 0.2, "data_wait_s": 0.01, "peak_memory_bytes": 1 << 30,
+            "tokens_per_s": 5000.0, "step_s": 0.2, "data_wait_s": 0.01, "passes_s": 0.15, "update_s": 0.03,
+            "model_flops_per_s": 4e14, "mfu": 0.4, "mfu_causal": 0.35, "peak_memory_bytes": 1 << 30,
             "source_loss": {name: loss + 0.1 * i for i, name in enumerate(sources)},
             "source_tokens": {name: 1000 // len(sources) for name in sources},
         }  # fmt: skip
         sink.write(record | more)
-    sink.write({"step": steps, "val_loss": dict.fromkeys(sources, 2.1)})
+    sink.write(
+        {"step": steps, "val_loss": dict.fromkeys(sources, 2.1), "val_bits_per_byte": dict.fromkeys(sources, 1.3)}
+    )
+    sink.write({"step": steps // 2, "eval": {"winogrande/acc": 0.5, "lambada_openai/acc": 0.2}})
+    sink.write({"step": steps, "eval": {"winogrande/acc": 0.52, "lambada_openai/acc": 0.31}})
     sink.close()
     journal.append("run_finished", steps, {"tokens": 1000 * steps}, "system")
     journal.close()

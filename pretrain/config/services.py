@@ -42,6 +42,9 @@ class MetricsConfig(StrictModel):
     progress: bool = True
     """Progress bar on a terminal, plain lines elsewhere."""
     dynamics: DynamicsConfig = DynamicsConfig()
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """FLOP/s of one device, which `mfu` is a share of; null: dense bf16 of the GPU's data sheet. On other devices there
+    is no `mfu` without it."""
     ranks_every: NonNegative = 100
     """Record each rank's data wait and memory every so many steps, from step 0 on; 0: never. `metrics.jsonl` and
     Prometheus only."""

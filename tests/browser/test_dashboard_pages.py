@@ -49,6 +49,12 @@ def until_drawn(page: Any, selector: str) -> None:
     raise AssertionError(f"nothing is drawn in {selector}")
 
 
+CARDS = {
+    "run": ("Held-out text, bits per byte", "Scores of tasks"),
+    "system": ("Step time", "Arithmetic", "Model FLOPs utilisation"),
+}
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (1200, "dark"), (390, "light")])
 def test_every_page_shows_its_run(new_page: Any, site: str, pictures: Path, width: int, scheme: str) -> None:
     page = new_page(width, 900, scheme)
@@ -64,6 +70,8 @@ def test_every_page_shows_its_run(new_page: Any, site: str, pictures: Path, widt
             page.get_by_label("Share of code").wait_for()
         else:
             until_drawn(page, ".heat canvas" if name == "dynamics" else ".plot canvas")
+        for title in CARDS.get(name, ()):
+            until_drawn(page, f"section[aria-label='{title}'] .plot canvas")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{name} is too wide"
         page.screenshot(path=pictures / f"{name}-{scheme}-{width}.png", full_page=True)
     assert page.get_by_label("Share of code").is_disabled()

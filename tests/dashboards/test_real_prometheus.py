@@ -78,6 +78,7 @@ def run(data_config: Callable[..., DataConfig], tmp_path_factory: pytest.TempPat
         "prometheus": {"enabled": True, "port": 0},
         "wandb": {"enabled": find_spec("wandb") is not None},
         "dynamics": {"every": 1},
+        "peak_flops": 1e12,
         "ranks_every": 1,
     }
     hook = {"kind": "command", "command": ["tee", "-a", str(root / "told")], "events": ["run_stopped", "run_failed"]}

@@ -25,10 +25,13 @@ export function RunPage({ detail, version }: { detail: Detail; version: unknown 
   const { run } = detail;
   const losses = detail.series.filter((name) => name.startsWith("source_loss/"));
   const held = detail.series.filter((name) => name.startsWith("val_loss/"));
+  const perByte = detail.series.filter((name) => name.startsWith("val_bits_per_byte/"));
+  const scores = detail.series.filter((name) => name.startsWith("eval/"));
   const query = { run, axis, window, width: Math.min(1600, innerWidth), from: range?.[0], to: range?.[1] };
   const total = useAnswer<SeriesAnswer>("series", { ...query, name: ["loss"] }, version);
   const sources = useAnswer<SeriesAnswer>("series", { ...query, name: [...losses, ...held].slice(0, 100) }, version);
   const rest = useAnswer<SeriesAnswer>("series", { ...query, window: 1, name: OTHERS.filter((name) => detail.series.includes(name)) }, version);
+  const measured = useAnswer<SeriesAnswer>(perByte.length + scores.length ? "series" : null, { ...query, window: 1, name: [...perByte, ...scores].slice(0, 100) }, version);
   const events = useAnswer<EventsAnswer>("events", { run }, version);
   const others = useCompared(compared, query, version);
   const marks = useMemo(() => (marked ? (events.data?.events ?? []).filter(worthMarking).map((event) => mark(event, axis)) : []), [events.data, marked, axis]);
@@ -38,6 +41,8 @@ export function RunPage({ detail, version }: { detail: Detail; version: unknown 
     () => [...lines(sources.data, losses, 0), ...lines(sources.data, held, 0).map((line) => ({ ...line, width: 3 }))],
     [sources.data],
   );
+  const perByteLines = useMemo(() => lines(measured.data, perByte, 0), [measured.data]);
+  const scoreLines = useMemo(() => lines(measured.data, scores, 0), [measured.data]);
   const lost = total.data?.series.loss?.not_finite ?? [];
   return (
     <>
@@ -63,6 +68,16 @@ export function RunPage({ detail, version }: { detail: Detail; version: unknown 
           {() => <Plot title="Loss by source" lines={sourceLines} height={320} {...plot} />}
         </Answer>
       </Card>
+      {perByteLines.length > 0 && (
+        <Card title="Held-out text, bits per byte" note="Does not depend on the tokenizer.">
+          <Plot title="Bits per byte" lines={perByteLines} height={240} {...plot} />
+        </Card>
+      )}
+      {scoreLines.length > 0 && (
+        <Card title="Scores of tasks" note="headrace eval, by task and metric.">
+          <Plot title="Scores of tasks" lines={scoreLines} height={240} {...plot} log={false} />
+        </Card>
+      )}
       <div class="grid">
         {OTHERS.filter((name) => rest.data?.series[name]).map((name, number) => (
           <Card key={name} title={TITLES[name]}>
@@ -88,7 +103,7 @@ function lines(answer: SeriesAnswer | undefined, names: string[], first: number)
   return names
     .map((name, number) => ({ name, number: first + number }))
     .filter(({ name }) => answer?.series[name])
-    .map(({ name, number }) => ({ label: name.replace("source_loss/", "").replace("val_loss/", "held out "), colour: colour(number), dash: dash(number), ...answer!.series[name] }));
+    .map(({ name, number }) => ({ label: name.replace("source_loss/", "").replace("val_loss/", "held out ").replace(/^(val_bits_per_byte|eval)\//, ""), colour: colour(number), dash: dash(number), ...answer!.series[name] }));
 }
 
 function useCompared(names: string[], query: object, version: unknown): Line[] {

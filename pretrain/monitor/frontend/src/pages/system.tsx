@@ -11,32 +11,37 @@ interface System {
   attempts: Record<string, string>[];
 }
 
-const NUMBERS = ["step_s", "data_wait_s", "tokens_per_s", "peak_memory_bytes"];
+const PARTS: [string, string][] = [["data_wait_s", "waiting for data"], ["passes_s", "forward and backward"], ["update_s", "update"]];
+const USE: Record<string, string> = { mfu: "attention in full", mfu_causal: "its causal half" };
+const NUMBERS = ["step_s", "data_wait_s", "passes_s", "update_s", "tokens_per_s", "peak_memory_bytes", "model_flops_per_s"];
 
 export function SystemPage({ detail, version }: { detail: Detail; version: unknown }) {
   const { run } = detail;
-  const utilisation = detail.series.filter((name) => name.includes("mfu"));
+  const utilisation = Object.keys(USE).filter((name) => detail.series.includes(name));
   const perRank = detail.series.filter((name) => name.startsWith("rank_"));
   const asked = useAnswer<SeriesAnswer>("series", { run, name: [...NUMBERS, ...utilisation, ...perRank].slice(0, 100), width: 600 }, version);
   const system = useAnswer<System>("system", { run }, version);
   const series = asked.data?.series ?? {};
   const times = useMemo(
-    () => lines(series, [["step_s", "step"], ["data_wait_s", "waiting for data"]]),
+    () => lines(series, [["step_s", "whole step"], ...PARTS]),
     [asked.data],
   );
   const speed = useMemo(() => lines(series, [["tokens_per_s", "tokens/s"]]), [asked.data]);
   const memory = useMemo(() => lines(series, [["peak_memory_bytes", "peak memory"]]), [asked.data]);
-  const use = useMemo(() => lines(series, utilisation.map((name) => [name, name])), [asked.data]);
+  const use = useMemo(() => lines(series, utilisation.map((name) => [name, USE[name] ?? name])), [asked.data]);
+  const flops = useMemo(() => lines(series, [["model_flops_per_s", "FLOP/s"]]), [asked.data]);
   const ranks = useMemo(() => lines(series, perRank.map((name) => [name, name])), [asked.data]);
   const lastOf = (name: string) => series[name]?.y.at(-1) ?? null;
   const step = lastOf("step_s");
   const wait = lastOf("data_wait_s");
+  const mfu = lastOf("mfu");
   return (
     <>
       <Facts
         facts={[
           ["step time", step === null ? "–" : `${short(step)} s`],
           ["waiting for data", step && wait !== null ? percent(wait / step) : "–"],
+          ["MFU", mfu === null ? "–" : percent(mfu)],
           ["tokens/s", short(detail.tokens_per_s)],
           ["peak memory", bytes(lastOf("peak_memory_bytes"))],
           ["starts", whole(system.data?.starts.filter((row) => row.kind === "run_started" || row.kind === "resumed").length)],
@@ -46,10 +51,11 @@ export function SystemPage({ detail, version }: { detail: Detail; version: unkno
       <Answer asked={asked} empty={(data) => !Object.keys(data.series).length && "No step has been recorded yet."}>
         {() => (
           <div class="grid">
-            <Card title="Step time" note="Seconds; the rank that waited longest for data."><Plot title="Step time" lines={times} xLabel="step" height={220} from0 /></Card>
+            <Card title="Step time" note="Seconds; of each part the rank that took longest."><Plot title="Step time" lines={times} xLabel="step" height={220} from0 /></Card>
             <Card title="Throughput" note="Tokens per second, all ranks together."><Plot title="Throughput" lines={speed} xLabel="step" height={220} from0 /></Card>
             <Card title="Peak memory" note="Bytes on the fullest rank."><Plot title="Peak memory" lines={memory} xLabel="step" height={220} from0 /></Card>
-            {use.length > 0 && <Card title="Model FLOPs utilisation"><Plot title="MFU" lines={use} xLabel="step" height={220} from0 /></Card>}
+            {flops.length > 0 && <Card title="Arithmetic" note="Operations the model needs, by second and device."><Plot title="Arithmetic" lines={flops} xLabel="step" height={220} from0 /></Card>}
+            {use.length > 0 && <Card title="Model FLOPs utilisation" note="Share of the device's peak."><Plot title="MFU" lines={use} xLabel="step" height={220} from0 /></Card>}
             {ranks.length > 0 && <Card title="By rank"><Plot title="By rank" lines={ranks} xLabel="step" height={220} from0 /></Card>}
           </div>
         )}
