@@ -26,7 +26,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{known['bytes'] / 1e6:,.1f} MB ({known['shape'].replace(' x ', ' × ')})",
                 _number(cpu.get("ratio")),
                 _number(cpu.get("of_copy")),
-                f"≥ {known['target']:.2f}" if known["target"] is not None else "",
+                f"≥ {known['target']:.2f}" if known["target"] else "",
                 _number(gpu.get("of_copy")),
                 _number(gpu.get("ratio")),
                 ", ".join(peers),
@@ -46,9 +46,19 @@ def facts(result: dict[str, Any]) -> str:
             machine = run["machine"]
             words.append(
                 f"{name}: `{run['command']}` on {run['date']}, {machine.get('cpu', machine['device'])}, "
-                f"torch {machine['torch']}, {machine['load']}."
+                f"torch {machine['torch']}, {machine['load']}. {_slowest(run['results'])}"
             )
     return " ".join(words) + "\n"
+
+
+def _slowest(results: list[Record]) -> str:
+    """The cases in which torch is the faster one."""
+    slow = sorted((each for each in results if each["ratio"] < 1), key=lambda each: each["ratio"])
+    named = [
+        f"{_number(each['ratio'])} for {each['op']}, {each['pass']}, {each['dtype']}, {each['shape']}" for each in slow
+    ]
+    told = f"torch is the faster one in {len(slow)} of all {len(results)} cases"
+    return f"{told}: {'; '.join(named)}.".replace(" x ", " × ") if slow else f"{told}."
 
 
 def _largest(run: dict[str, Any] | None) -> Iterator[tuple[tuple[str, str, str], Record]]:

@@ -11,7 +11,7 @@ from parallel.kernels.bias_gelu import Approximate
 
 # (tokens of a micro-batch, width of the MLP): quickstart's, a 125M model's at 2,048 tokens, and a 1B model's at 4,096.
 GATED = ((8 * 256, 704), (2048, 2048), (4096, 5632))
-# The same without gates, whose MLPs are wider; the last is wonton_1.5b's.
+# The same without gates, whose MLPs are wider; the last is as wide as GPT-3's of 1.3 B.
 BIASED = ((8 * 256, 1024), (2048, 3072), (4096, 8192))
 FORMS: tuple[Approximate, ...] = ("none", "tanh")
 

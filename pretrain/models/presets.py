@@ -1,18 +1,17 @@
 """Published model sizes, by name. Recipes start from these: `model: {preset: llama-1b}`.
 
-The Nyonic report (arXiv 2404.15702) gives the largest wonton in full: 32 layers of 4,096, FFN 16,384, 32 heads, a
-vocabulary of 139,776. It calls it 7B and counts 6.7 B parameters. For the two smaller ones it gives the size only, so
-they follow GPT-3's proportions (arXiv 2005.14165, table 2.1) with heads of 128. The names leave open whether the large
-vocabulary counts; in billions of parameters:
+The wontons are those of Nyonic's public configurations (github.com/nyonicai/nyonic-public, confs/wonton-*.yaml; the
+largest is the report's too, arXiv 2404.15702), whose model has an output layer of its own. The names leave open what
+counts; in billions of parameters:
 
-    name   layers x hidden   total, tied   without embedding   total, untied
-    1.5b   24 x 2048         1.49          1.21                1.78
-    2.7b   30 x 2560         2.72          2.36                3.07
-    6.7b   32 x 4096         7.02          6.44                7.59
+    name   layers x hidden, heads   vocabulary   total   without embedding
+    1.5b   48 x 1600, 25                50,304    1.64   1.47
+    2.7b   32 x 2560, 20               139,776    3.23   2.52
+    6.7b   32 x 4096, 32               139,776    7.59   6.44
 
-With tied embeddings the totals are 0.3 %, 0.7 % and 4.7 % off the names, together nearer than by any other reading, so
-wontons tie them; 7.02 B is also what the report's "7B" says. (6.7 B is what GPT-3's shape of this size has with
-GPT-3's own vocabulary of 50,257.)
+Three things differ from the public files: positions of the smallest are learned there, here they are rotary, as in the
+others; the output layer's bias is left out; queries and keys are normalised as the report has it (`qk_norm: false` is
+what confs/wonton-6.7B.yaml says).
 
 The llamas are Llama 3's (arXiv 2407.21783) and 3.2's shapes, the qwen3 those of Qwen3 (arXiv 2505.09388, table 1),
 whose heads are 128 wide whatever the hidden size is.
@@ -21,19 +20,20 @@ whose heads are 128 wide whatever the hidden size is.
 from pretrain.config import ModelConfig
 
 WONTON_VOCAB = 139_776
+WONTON_V0_VOCAB = 50_304
 LLAMA_VOCAB = 128_256
 QWEN3_VOCAB = 151_936
 
 
-def _wonton(num_layers: int, hidden_size: int, tied: bool) -> ModelConfig:
+def _wonton(num_layers: int, hidden_size: int, heads: int, vocab_size: int) -> ModelConfig:
     return ModelConfig(
         family="wonton",
         num_layers=num_layers,
         hidden_size=hidden_size,
-        num_attention_heads=hidden_size // 128,
+        num_attention_heads=heads,
         ffn_hidden_size=4 * hidden_size,
-        vocab_size=WONTON_VOCAB,
-        tie_embeddings=tied,
+        vocab_size=vocab_size,
+        tie_embeddings=False,
         max_z_loss=2e-4,
     )
 
@@ -69,9 +69,9 @@ def _qwen3(num_layers: int, hidden_size: int, heads: int, ffn_hidden_size: int, 
 
 
 PRESETS = {
-    "wonton-1.5b": _wonton(24, 2048, tied=True),
-    "wonton-2.7b": _wonton(30, 2560, tied=True),
-    "wonton-6.7b": _wonton(32, 4096, tied=True),
+    "wonton-1.5b": _wonton(48, 1600, 25, WONTON_V0_VOCAB),
+    "wonton-2.7b": _wonton(32, 2560, 20, WONTON_VOCAB),
+    "wonton-6.7b": _wonton(32, 4096, 32, WONTON_VOCAB),
     "llama-1b": _llama(16, 2048, 32, 8192, tied=True),
     "llama-3b": _llama(28, 3072, 24, 8192, tied=True),
     "llama-8b": _llama(32, 4096, 32, 14336, tied=False),
