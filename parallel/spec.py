@@ -104,3 +104,20 @@ def mark_experts(chunk: Any) -> None:
     for name, parameter in chunk.named_parameters():
         if ".experts.local_experts." in name:
             parameter.allreduce = False
+
+
+def dispatchers(chunk: Any) -> list[Any]:
+    """What hands tokens to experts in a model chunk, one for each layer of experts."""
+    return [module.token_dispatcher for module in chunk.modules() if hasattr(module, "token_dispatcher")]
+
+
+def forget_tokens(dispatcher: Any) -> None:
+    """Let go of the last micro-batch that a dispatcher has seen; after its backward pass.
+
+    megatron-core keeps its probabilities, and with them its autograd graph. That leads to the parameters, to the hooks of
+    data parallelism on them and back to the model, by ways that Python's collector does not see: such a model would
+    never be freed.
+    """
+    for name, value in vars(dispatcher).items():
+        if torch.is_tensor(value) and value.grad_fn is not None:
+            setattr(dispatcher, name, None)

@@ -18,6 +18,7 @@ from parallel.context_parallel import context_parallel_index, share_of
 from parallel.engine import get_forward_backward_func
 from parallel.layout import Layout
 from parallel.process_groups import Ranks
+from parallel.spec import forget_tokens
 from pretrain.config import RunConfig
 from pretrain.dynamics import Dynamics, Measurement, NoiseScale
 from pretrain.loss import FIXED_POINT, LossInputs, loss_function, loss_with_heads, summed_by_the_model
@@ -235,6 +236,9 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+    for chunk in state.chunks:
+        for dispatcher in chunk.dispatchers:
+            forget_tokens(dispatcher)
     return reports
 
 

@@ -10,7 +10,7 @@ from parallel.embedding import use_sorted_gradient
 from parallel.engine import GPTModel, TransformerConfig, parallel_state
 from parallel.layout import Layout
 from parallel.residual_layer import link
-from parallel.spec import block_spec, mark_experts
+from parallel.spec import block_spec, dispatchers, mark_experts
 from pretrain.config import KernelsConfig, ModelConfig
 from pretrain.loss import LossInputs, vocab_parallel_cross_entropy
 from pretrain.models.fused import (
@@ -47,6 +47,8 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
     multi_token_heads: MultiTokenHeads | None
     fused_head: bool
     """The output layer is here and gives losses: see `pretrain.models.head`."""
+    dispatchers: list[Any]
+    """Of its layers of experts."""
 
     def _postprocess(self, **inputs: Any) -> Any:
         labels, heads = inputs["labels"], self.multi_token_heads
@@ -208,6 +210,7 @@ def build_model(
         if fused_norms and not layout.fully_sharded:
             link(chunk)
         mark_experts(chunk)
+        chunk.dispatchers = dispatchers(chunk)
         chunks.append(chunk.to(accelerator.device()))
     initialize_weights(chunks, config, seed)
     return chunks

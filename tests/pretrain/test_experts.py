@@ -1,5 +1,7 @@
 """Mixture of experts: the layer by its formula, and the same training however the experts are split."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,21 @@ def test_the_layer_is_its_formula() -> None:
     assert len(set(chosen.flatten().tolist())) == 4
     torch.testing.assert_close(out[:, 0], expected, rtol=1e-4, atol=1e-6)
     process_groups.shutdown()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_model_that_was_trained_is_freed(recompute: str) -> None:
+    """A run that goes on in another layout has the old model in memory otherwise."""
+
+    def trained() -> "weakref.ref[Any]":
+        state = tiny_state(tiny_config(**EXPERTS, recompute=recompute), Layout(1))
+        train_step(state, tiny_batch(0, micro_batch_size=1), 1e-3)
+        process_groups.shutdown()
+        return weakref.ref(state.chunks[0])
+
+    model = trained()
+    gc.collect()
+    assert model() is None
 
 
 def test_the_balancing_loss_is_minimised_and_not_reported() -> None:
