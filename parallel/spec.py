@@ -114,8 +114,8 @@ def dispatchers(chunk: Any) -> list[Any]:
 def forget_tokens(dispatcher: Any) -> None:
     """Let go of the last micro-batch that a dispatcher has seen; after its backward pass.
 
-    megatron-core keeps its probabilities, and with them its autograd graph. That leads to the parameters, to the hooks of
-    data parallelism on them and back to the model, by ways that Python's collector does not see: such a model would
+    megatron-core keeps its probabilities, and with them its autograd graph. That leads to the parameters, to the hooks
+    of data parallelism on them and back to the model, by ways that Python's collector does not see: such a model would
     never be freed.
     """
     for name, value in vars(dispatcher).items():
