@@ -64,7 +64,7 @@ class Decision:
     code: int
     why: str
     pause_s: float = 0.0
-    """Before the next attempt: a full disk or a lost network gets time to come back."""
+    """Before the next attempt: a lost network or a store that is down gets time to come back."""
 
 
 def judge(codes: Mapping[int, int | None], first: int | None) -> Outcome:

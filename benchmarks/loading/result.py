@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(int(memory.group(1)) / 1e6) if memory else None,
         "python": platform.python_version(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "load": f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores in the last minute",
     }
 

@@ -139,7 +139,7 @@ class KernelsConfig(StrictModel):
     """Output layer and loss; `fused` never has the logits of more than a part of a micro-batch's tokens in memory. It
     is refused where it is not built, and for fp16."""
     geglu: Literal["auto", "torch", "fused"] = "auto"
-    """The same where `model.activation` is `gelu` or `gelu_tanh`."""
+    """As `swiglu`, where `model.activation` is `gelu` or `gelu_tanh`."""
     bias_gelu: Literal["auto", "torch", "fused"] = "auto"
     """Bias and activation of the MLP in `wonton`."""
     embedding: Literal["auto", "torch", "fused"] = "auto"

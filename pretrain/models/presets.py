@@ -5,7 +5,7 @@ largest is the report's too, arXiv 2404.15702), whose model has an output layer 
 counts; in billions of parameters:
 
     name   layers x hidden, heads   vocabulary   total   without embedding
-    1.5b   48 x 1600, 25                50,304    1.64   1.47
+    1.5b   48 x 1600, 25                50,304    1.64   1.48
     2.7b   32 x 2560, 20               139,776    3.23   2.52
     6.7b   32 x 4096, 32               139,776    7.59   6.44
 
