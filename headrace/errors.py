@@ -36,6 +36,19 @@ class CheckpointError(HeadraceError):
     """A checkpoint that is missing, torn, or belongs to another model."""
 
 
+class CheckpointPostponed(CheckpointError):
+    """A checkpoint that could not be written or read just now, for a reason that may pass: storage that answers with an
+    error, a process of it that was killed."""
+
+    exit_code = ExitCode.RECOVERABLE
+
+
+class BusyError(HeadraceError):
+    """Something that another process is using; it may be free later."""
+
+    exit_code = ExitCode.RECOVERABLE
+
+
 class DataError(HeadraceError):
     """Training data that cannot be read, or whose share of rejects is past the source's limit."""
 

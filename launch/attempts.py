@@ -215,6 +215,8 @@ def decide(ends: list[dict[str, Any]], failure: Mapping[str, Any], limits: Limit
     for end in reversed(ends):
         if not placed or end["verdict"] != AGAIN or end["lost"] or end["step"] != failure["step"]:
             break
+        if failure["step"] is None and is_passing(end["code"]):
+            break
         same += 1
     code, why = failure["code"], failure["why"]
     if not failure["lost"] and placed and same >= limits.max_same_step:

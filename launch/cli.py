@@ -17,7 +17,9 @@ Config = Annotated[Path, typer.Argument(help="The run's YAML file.", show_defaul
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as train.steps=100.")
 ]
-MaxFailures = Annotated[int, typer.Option(help="Failures in a row without a new checkpoint that are borne; one more ends the run.")]
+MaxFailures = Annotated[
+    int, typer.Option(help="Failures in a row without a new checkpoint that are borne; one more ends the run.")
+]
 MaxSameStep = Annotated[int, typer.Option(help="Failures after the very same step that end the run.")]
 Nodes = Annotated[str, typer.Option(help="Nodes, or a range such as 2-4: as many as there are.")]
 GpusPerNode = Annotated[str, typer.Option(help="GPUs and processes on each node; 0 for a CPU cluster.")]

@@ -13,7 +13,7 @@ from typing import Any
 
 from headrace.errors import ConfigError
 from headrace.yaml_file import read_yaml
-from launch.attempts import GIVE_UP, SAVED, STOP, Attempts, last_step, newest_checkpoint, open_attempt
+from launch.attempts import GIVE_UP, PASSING, SAVED, STOP, Attempts, last_step, newest_checkpoint, open_attempt
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,17 @@ def job_ids(run_dir: Path) -> list[str]:
 
 def queue_of(jobs: list[str]) -> list[QueueEntry]:
     """Those of `jobs` that SLURM still has; nothing where SLURM is not."""
-    if not jobs or shutil.which("squeue") is None:
-        return []
+    return [QueueEntry(job, *rest) for job, array, *rest in _queue() or () if job in jobs or array in jobs]
+
+
+def _queue() -> list[list[str]] | None:
+    """All jobs of this user that SLURM has; None where it is not, or does not answer."""
+    if shutil.which("squeue") is None:
+        return None
     # One id that SLURM has forgotten makes it refuse all, so it is asked for everything of this user.
     command = ["squeue", "-h", "-r", "--me", "-o", "%A|%F|%T|%r|%N|%M"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 5]
-    return [QueueEntry(job, *rest) for job, array, *rest in rows if job in jobs or array in jobs]
+    return None if answer.returncode else [row.split("|") for row in answer.stdout.splitlines() if row.count("|") == 5]
 
 
 def status_of(run_dir: Path) -> RunStatus:
@@ -92,17 +96,21 @@ def status_of(run_dir: Path) -> RunStatus:
     queue = queue_of(job_ids(run_dir))
     ends = [event for event in events if event["event"] == "end"]
     verdict = ends[-1]["verdict"] if ends else ""
-    if open_attempt(events) is not None:
+    begun, code = open_attempt(events), 0
+    if begun is not None:
         word = "running"
         if queue and not any(entry.state in ("RUNNING", "COMPLETING") for entry in queue):
             word = "waiting"  # the queue has it again; nobody could note the end
+        elif not queue and _is_gone(begun["job"]):
+            word, code = "stopped", PASSING[0]  # killed with whoever could have noted it
     elif verdict in (STOP, GIVE_UP):
         word = {STOP: "stopped", GIVE_UP: "given up"}[verdict]
     elif verdict == "finished":
         word = "finished"
     else:
         word = "waiting" if ends else "not started"
-    code = int(ends[-1]["code"]) if word in ("stopped", "given up") else 0
+    if begun is None and word in ("stopped", "given up"):
+        code = int(ends[-1]["code"])
     return RunStatus(
         run_dir, word, code, last_step(run_dir), _steps(run_dir), newest_checkpoint(run_dir), attempts.events(), queue
     )
@@ -161,22 +169,50 @@ def cancel(run_dir: Path, now: bool) -> str:
         os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
     queue = queue_of(jobs)
     if not queue and not own:
-        return "nothing of it runs or waits"
-    waiting = [entry.job for entry in queue if entry.state != "RUNNING"]
-    running = [entry.job for entry in queue if entry.state == "RUNNING"]
-    if waiting or (now and running):
-        _slurm(["scancel", *waiting, *(running if now else [])])
-    if running and not now:
+        pausing = any(_launcher(run) for run in runs)
+        return "it pauses; there will be no other attempt" if pausing else "nothing of it runs or waits"
+    # Tasks of an array that wait are all called by the array's number, as one of those that run may be.
+    waiting = list(dict.fromkeys(entry.job for entry in queue if entry.state == "PENDING"))
+    running = list(dict.fromkeys(entry.job for entry in queue if entry.state not in ("PENDING", "COMPLETING")))
+    if waiting:
+        _slurm(["scancel", "--state=PENDING", *waiting])
+    if running and now:
+        _slurm(["scancel", *running])
+    elif running:
         _slurm(["scancel", "--batch", "--signal=USR1", *running])
     return f"asked to end {'at once' if now else 'after saving'}: {' '.join([*running, *waiting, *map(str, own)])}"
 
 
 def _process(run_dir: Path) -> str:
-    """`host:pid` of a launcher of ours that runs on this machine; empty without one."""
+    """`host:pid` of a launcher of ours that has processes on this machine; empty without one."""
     begun = open_attempt(Attempts(run_dir).since_submitted())
-    if begun is None or not begun["job"].startswith(socket.gethostname() + ":"):
-        return ""
-    return begun["job"] if Path(f"/proc/{begun['job'].rpartition(':')[2]}").exists() else ""
+    return begun["job"] if begun is not None and _lives_here(begun["job"]) else ""
+
+
+def _launcher(run_dir: Path) -> str:
+    """`host:pid` of a launcher of ours on this machine, also between two attempts; empty without one."""
+    jobs = [job for event in Attempts(run_dir).since_submitted() for job in event.get("jobs", ())]
+    return next((job for job in jobs if _lives_here(job)), "")
+
+
+def _is_gone(job: str) -> bool:
+    """Whether it is certain that nothing of an attempt is left: `job` is SLURM's number, which it has forgotten, or
+    `host:pid` of a launcher."""
+    if job.isdecimal():
+        queue = _queue()
+        return queue is not None and not any(job in row[:2] for row in queue)
+    return job.startswith(socket.gethostname() + ":") and not _lives_here(job)
+
+
+def _lives_here(job: str) -> bool:
+    """Whether `job` is `host:pid` of a launcher that runs here; its number may be another process's by now."""
+    host, _, pid = job.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    try:
+        return b"launch" in Path(f"/proc/{pid}/cmdline").read_bytes() or int(pid) == os.getpid()
+    except (OSError, ValueError):
+        return False
 
 
 def attach_command(run_dir: Path, node: str) -> list[str]:

@@ -1,6 +1,7 @@
 """`headrace launch kubernetes`: YAML for a cluster that runs Kubernetes, printed and not submitted.
 
-    headrace launch kubernetes my.yaml --kind jobset --image mill:1 --nodes 2 --claim /runs=runs | kubectl apply -f -
+    headrace launch kubernetes my.yaml --kind jobset --image mill:1 --nodes 2 --claim /runs=runs \\
+      run.dir=/runs/mine | kubectl apply -f -
 
 A ConfigMap with the resolved configuration, and a PyTorchJob (Kubeflow's training operator) or a JobSet (the Kubernetes
 project's own) with one pod a node, which runs `python -m launch.pod`. The image brings headrace; data and run folder
@@ -68,6 +69,12 @@ def check_pods(request: PodRequest) -> None:
 def render_kubernetes(kind: Literal["pytorchjob", "jobset"], request: PodRequest, config: RunConfig) -> str:
     """Both documents as YAML. Raises ConfigError."""
     check_pods(request)
+    folder = config.run.dir
+    if not any(f"{folder}/".startswith(path.rstrip("/") + "/") for path in request.claims):
+        raise ConfigError(
+            f"run.dir: {folder} is on no --claim, so every restart would begin at step 0; mount one, as in "
+            f"--claim /runs=CLAIM run.dir=/runs/{request.name}"
+        )
     metadata = {"name": request.name} | ({"namespace": request.namespace} if request.namespace else {})
     documents = [
         {

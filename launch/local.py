@@ -61,3 +61,6 @@ def run_with_restarts(
         sys.stderr.write(f"headrace: {decision.why}; again in {decision.pause_s:.0f} s\n")
         sys.stderr.flush()
         pause(decision.pause_s)
+        if any(event["event"] == "cancel" for event in attempts.since_submitted()):
+            sys.stderr.write("headrace: cancelled; launch it again to go on\n")
+            return code

@@ -43,7 +43,7 @@ class Preflight(StrictModel):
     """Bus bandwidth of an all-reduce between a node and its neighbours; 0: not measured (it starts torch once more)."""
     commands: list[str] = Field(default=[])
     """Shell commands that exit with 0 on a good node; what they print is the reason."""
-    timeout_s: int = 300
+    timeout_s: int = Field(default=300, ge=1)
     """A node that has not answered by then is bad."""
 
 

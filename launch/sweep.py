@@ -90,6 +90,9 @@ def launch_sweep(
     for point in points:
         own = [f"run.dir={json.dumps(str(folder / point.name))}"]
         config = load_config(config_path, [*overrides, *point.overrides, *own])
+        if config.checkpoint.copy_to is not None:  # a second place is one run's alone
+            own.append(f"checkpoint.copy_to={json.dumps(f'{config.checkpoint.copy_to}/{point.name}')}")
+            config = load_config(config_path, [*overrides, *point.overrides, *own])
         check_layout(config, request.nodes * request.processes_per_node)
         counts &= set(usable_node_counts(config, request.fewest_nodes, request.nodes, request.processes_per_node))
         configs[f"points/{point.name}.yaml"] = config

@@ -67,7 +67,7 @@ def first_rank_first(make: Callable[[], T], rank: int) -> T:
         return make()
     if rank == 0:
         return _tell(make)
-    _hear(process_groups.broadcast_object(None))
+    _hear()
     return make()
 
 
@@ -78,7 +78,7 @@ def only_first_rank(act: Callable[[], None], rank: int) -> None:
     elif rank == 0:
         _tell(act)
     else:
-        _hear(process_groups.broadcast_object(None))
+        _hear()
 
 
 def from_first_rank(make: Callable[[], T], rank: int) -> T:
@@ -111,13 +111,21 @@ def _tell(act: Callable[[], T]) -> T:
     try:
         result = act()
     except (HeadraceError, OSError) as error:
-        process_groups.broadcast_object(_portable(error))
+        _announce(error)
         raise
-    process_groups.broadcast_object(None)
+    _announce(None)
     return result
 
 
-def _hear(problem: bytes | None) -> None:
+def _announce(problem: Exception | None) -> None:
+    process_groups.await_first_rank(is_ready=True)
+    process_groups.broadcast_object(_portable(problem))
+
+
+def _hear() -> None:
+    """Raises what the first rank raised."""
+    process_groups.await_first_rank(is_ready=False)
+    problem = process_groups.broadcast_object(None)
     if problem is not None:
         raise pickle.loads(problem)  # from our own rank 0, over the run's process group
 

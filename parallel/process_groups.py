@@ -5,6 +5,7 @@ nobody outside this package handles process groups.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +20,10 @@ from parallel.engine import parallel_state, tensor_parallel
 from parallel.layout import Layout
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LONGEST_LOOK_S = 0.5
+"""Between two looks into the store, by ranks that wait for the first one."""
+_awaited = 0
+"""Times that the first rank was waited for, the same on every rank: each has a key in the store."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 600.0) -> Ranks:
     besides tensor- and pipeline-parallel offsets that megatron adds for dropout. A collective that waits longer than
     `timeout_s` fails. Raises LayoutError when the launcher started another number of processes.
     """
+    global _awaited
+    _awaited = 0
     rank, world_size = _environment_int("RANK", 0), environment_world_size()
     if world_size != layout.world_size:
         raise LayoutError(f"the layout is for {layout.world_size} processes, the launcher started {world_size}")
@@ -143,6 +150,22 @@ def is_lost_peer(error: BaseException) -> bool:
 def world() -> Any:
     """The group of all processes."""
     return dist.group.WORLD
+
+
+def await_first_rank(is_ready: bool) -> None:
+    """Wait until the first rank calls this, with `is_ready`, however long it takes: a collective would give up after
+    its timeout. One that has died ends the wait, as its store goes with it."""
+    global _awaited
+    _awaited += 1
+    store = dist.distributed_c10d._get_default_store()
+    key = f"headrace/first-rank/{_awaited}"
+    if is_ready:
+        store.set(key, "ready")
+        return
+    pause_s = 0.001
+    while not store.check([key]):  # `wait` would keep other threads, such as NCCL's, from the store meanwhile
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_LOOK_S)
 
 
 def barrier() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from data_scheduler.state import save_state
-from headrace.errors import CheckpointError
+from headrace.errors import CheckpointError, CheckpointPostponed
 from parallel import accelerator, exchange, process_groups
 from parallel.background_write import BackgroundWrite
 from parallel.file_sum import FileSum
@@ -27,6 +27,8 @@ from pretrain.recovery.manifest import names, write_manifest
 
 FULL_BYTES = 1 << 20
 """A disk with less free space than this is called full."""
+STAYS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What does not pass by itself."""
 
 
 class Saving:
@@ -112,7 +114,9 @@ class Saving:
             raise self._not_written(error) from None
 
     def _not_written(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"checkpoint of step {self.step} not written: {_reason(error, self._partial)}")
+        stays, reason = _reason(error, self._partial)
+        kind = CheckpointError if stays else CheckpointPostponed
+        return kind(f"checkpoint of step {self.step} not written: {reason}")
 
 
 def publish(partial: Path, final: Path, meta: Mapping[str, Any], known: Mapping[str, FileSum] | None = None) -> None:
@@ -142,11 +146,14 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def _reason(error: OSError, partial: Path) -> str:
+def _reason(error: OSError, partial: Path) -> tuple[bool, str]:
+    """Whether a person has to do something about it, and what happened."""
     free = shutil.disk_usage(partial.parent if partial.parent.exists() else ".").free
     # torch's writer reports a full disk as a failed assertion about file positions.
-    what = os.strerror(errno.ENOSPC) if free < FULL_BYTES else error.strerror or error
-    return f"{what} ({error.filename or partial}; {free / 1e6:.0f} MB free there)"
+    is_full = free < FULL_BYTES
+    what = os.strerror(errno.ENOSPC) if is_full else error.strerror or error
+    stays = is_full or error.errno in STAYS
+    return stays, f"{what} ({error.filename or partial}; {free / 1e6:.0f} MB free there)"
 
 
 def first_line(error: BaseException) -> str:

@@ -218,6 +218,7 @@ class Run:
 
     def _add_source(self, source: SourceConfig) -> None:
         """Go on with one more source, as if the run had been resumed here with it."""
+        self.watchdog.rest()  # reading it for the first time may take hours
         self.scheduler = exchange.agree(lambda: self.scheduler.with_source(source))
         data = self.config.data.model_copy(update={"sources": [*self.config.data.sources, source]})
         self.config = self.config.model_copy(update={"data": data})

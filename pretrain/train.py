@@ -19,6 +19,7 @@ from pretrain.layouts import layouts_ahead
 from pretrain.loop import Run
 from pretrain.models.vocabulary import padded_vocab_size
 from pretrain.recovery.watchdog import Watchdog
+from pretrain.run_lock import holding
 
 
 def train(config: RunConfig) -> ExitCode:
@@ -34,10 +35,11 @@ def train(config: RunConfig) -> ExitCode:
     layout = layout_of(config, process_groups.environment_world_size())
     ranks = process_groups.initialize(layout, config.train.seed)
     try:
-        hooks = exchange.from_first_rank(lambda: usable_hooks(config), ranks.rank)
-        with alerting(config, hooks, ranks.rank == 0) as alerts:
-            code = _through_all_layouts(config, layout, ranks, alerts)
-            alerts.ended(code)
+        with holding(Path(config.run.dir), ranks.rank):
+            hooks = exchange.from_first_rank(lambda: usable_hooks(config), ranks.rank)
+            with alerting(config, hooks, ranks.rank == 0) as alerts:
+                code = _through_all_layouts(config, layout, ranks, alerts)
+                alerts.ended(code)
     except RuntimeError as error:
         if accelerator.is_nondeterministic(error):
             raise ConfigError(f"train.deterministic: {str(error).partition('. ')[0]}; set it to false") from None

@@ -104,6 +104,8 @@ class Copies:
     def _pass_on(self) -> None:
         if self._process is None or self._process.poll() is not None:
             self.close()
+            assert self._sent is not None
+            self.unfinished = {_step(self._sent)}  # a new process knows of no other
             self._process = _start(self._orders)
             threading.Thread(target=_listen, args=(self._process, self._heard), daemon=True).start()
         assert self._process.stdin is not None

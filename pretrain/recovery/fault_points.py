@@ -4,8 +4,8 @@
 
 `reach("checkpoint: shards written")` then kills rank 1 with SIGKILL the second time it gets there. What can happen:
 `kill` (SIGKILL), `term` (SIGTERM to itself), `stop` (SIGSTOP: a rank that hangs), `full` (OSError: no space left),
-`readonly` (OSError: a file system that may not be written to any more), `raise` (RuntimeError). Without `@rank…` every
-rank, without `hit…` the first time.
+`readonly` (OSError: a file system that may not be written to any more), `ioerror` (OSError: storage that fails just
+now), `raise` (RuntimeError). Without `@rank…` every rank, without `hit…` the first time.
 
 The points, in the order in which a step and a save meet them, are `POINTS`; tests/pretrain/recovery kills at each. The
 variable is read once, at import; a name that is no point is an error.
@@ -35,8 +35,9 @@ POINTS = (
     "checkpoint: older removed",
     "checkpoint: journaled",
 )
+ERRORS = {"full": errno.ENOSPC, "readonly": errno.EROFS, "ioerror": errno.EIO}
 _SPEC = re.compile(
-    r"^(?P<point>.+?)=(?P<act>kill|term|stop|full|readonly|raise)(@rank(?P<rank>\d+))?(,hit(?P<hit>\d+))?$"
+    r"^(?P<point>.+?)=(?P<act>kill|term|stop|full|readonly|ioerror|raise)(@rank(?P<rank>\d+))?(,hit(?P<hit>\d+))?$"
 )
 
 
@@ -56,7 +57,7 @@ def ask(text: str) -> None:
     global _fault
     match = _SPEC.match(text)
     if text and (match is None or match["point"] not in POINTS):
-        form = "POINT=kill|term|stop|full|readonly|raise[@rankN][,hitN]"
+        form = "POINT=kill|term|stop|full|readonly|ioerror|raise[@rankN][,hitN]"
         raise ConfigError(f"{VARIABLE}={text}: want {form}, POINT one of: {'; '.join(POINTS)}")
     _fault = None
     if match is not None:
@@ -76,9 +77,8 @@ def reach(point: str) -> None:
 
 
 def _happen(act: str, point: str) -> None:
-    if act in ("full", "readonly"):
-        number = errno.ENOSPC if act == "full" else errno.EROFS
-        raise OSError(number, os.strerror(number))
+    if act in ERRORS:
+        raise OSError(ERRORS[act], os.strerror(ERRORS[act]))
     if act == "raise":
         raise RuntimeError(f"asked to fail at {point!r}")
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}[act])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from headrace.errors import CheckpointError
+from headrace.errors import CheckpointError, CheckpointPostponed
 from parallel.file_sum import FileSum, file_sum
 
 NAME = "manifest.json"
@@ -48,7 +48,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1, beat: Callable[[str], No
             found = file_sum(folder / name)
         except OSError as error:
             if error.errno not in GONE:
-                raise CheckpointError(
+                raise CheckpointPostponed(
                     f"{folder}: {name} cannot be read now: {error.strerror}; nothing was changed"
                 ) from None
             raise DamagedCheckpoint(f"{folder}: {name}: {error.strerror}") from None

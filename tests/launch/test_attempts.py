@@ -68,6 +68,12 @@ def test_attempts_without_a_step_count_as_failures_only(tmp_path: Path) -> None:
     assert [end["step"] for end in Attempts(tmp_path).events() if end["event"] == "end"] == [None] * 4
 
 
+def test_a_traceback_before_the_first_step_ends_a_run_when_it_comes_twice(tmp_path: Path) -> None:
+    traceback = Outcome(AGAIN, 1, "rank 0 failed first, with exit code 1")
+    assert attempt(tmp_path) == AGAIN  # a rendezvous that failed is not the same failure
+    assert [attempt(tmp_path, traceback) for _ in range(2)] == [AGAIN, GIVE_UP]
+
+
 def test_a_resume_that_only_cut_off_superseded_records_did_no_step(tmp_path: Path) -> None:
     save(tmp_path, 4)
     step(tmp_path, 5)

@@ -1,6 +1,9 @@
 """What people are told about launched runs: status, logs, cancel, attach; and what a sweep is made of."""
 
 import json
+import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,7 +96,7 @@ def test_cancel_saves_first(run_dir: Path, queue: Path) -> None:
     attempts = begun(run_dir)
     queue.write_text("7|7|RUNNING|None|a,b|1:02\n8|8|PENDING|Dependency||0:00\n")
     assert cancel(run_dir, now=False) == "asked to end after saving: 7 8"
-    assert (queue.parent / "cancelled").read_text() == "8\n--batch --signal=USR1 7\n"
+    assert (queue.parent / "cancelled").read_text() == "--state=PENDING 8\n--batch --signal=USR1 7\n"
     assert attempts.end(Outcome(AGAIN, 4), Limits(), "7", saved=True).verdict == STOP
     queue.write_text("")
     assert cancel(run_dir, now=False) == "nothing of it runs or waits"
@@ -103,7 +106,36 @@ def test_cancel_now(run_dir: Path, queue: Path) -> None:
     begun(run_dir)
     queue.write_text("7|7|RUNNING|None|a,b|1:02\n8|8|PENDING|Dependency||0:00\n")
     cancel(run_dir, now=True)
-    assert (queue.parent / "cancelled").read_text() == "8 7\n"
+    assert (queue.parent / "cancelled").read_text() == "--state=PENDING 8\n7\n"
+
+
+def test_cancelling_the_waiting_tasks_of_an_array_leaves_the_running_ones_time_to_save(
+    run_dir: Path, queue: Path
+) -> None:
+    """Tasks that wait are called by the array's number; one that runs may have the same."""
+    begun(run_dir)
+    queue.write_text("7|7|RUNNING|None|a|1:02\n7|7|PENDING|Resources||0:00\n7|7|PENDING|Resources||0:00\n")
+    cancel(run_dir, now=False)
+    assert (queue.parent / "cancelled").read_text() == "--state=PENDING 7\n--batch --signal=USR1 7\n"
+
+
+def test_a_run_that_was_cut_off_does_not_run(run_dir: Path, queue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(run_dir)
+    status = status_of(run_dir)
+    assert (status.word, status.exit_code) == ("stopped", 4)
+    monkeypatch.setenv("PATH", "/nowhere")  # without SLURM nobody knows
+    assert status_of(run_dir).word == "running"
+
+
+def test_a_local_launcher_that_was_killed_runs_no_more(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid, word in ((os.getpid(), "running"), (dead.pid, "stopped")):
+        job = f"{socket.gethostname()}:{pid}"
+        attempts.note("submitted", launcher="local", jobs=[job])
+        attempts.start("local", job, [socket.gethostname()], 1)
+        assert status_of(tmp_path).word == word
 
 
 def test_attach_opens_a_shell_in_the_running_job(run_dir: Path, queue: Path) -> None:
@@ -181,7 +213,8 @@ def test_bad_sweeps_are_refused(vary: list[str], message: str) -> None:
 
 def test_a_sweep_writes_a_configuration_for_every_run(config: Path, queue: Path, tmp_path: Path) -> None:
     vary = ["optimizer.lr=[1e-3,3e-3]", "model.num_layers=[2,4]"]
-    done = launch_sweep(config, ["train.steps=9"], vary, SlurmRequest(2, 4), Site(), at_once=3)
+    overrides = ["train.steps=9", "checkpoint.copy_to=s3://bucket/mill"]
+    done = launch_sweep(config, overrides, vary, SlurmRequest(2, 4), Site(), at_once=3)
     assert done.jobs == ["4711"]
     folder = tmp_path / "runs" / "mill"
     table = json.loads((folder / "sweep.json").read_text())
@@ -189,6 +222,8 @@ def test_a_sweep_writes_a_configuration_for_every_run(config: Path, queue: Path,
     found = load_config(done.snapshot / "points" / "0002.yaml")
     assert (found.optimizer.lr, found.model.num_layers, found.train.steps) == (3e-3, 2, 9)
     assert found.run.dir == str(folder / "0002")
+    assert found.checkpoint.copy_to == "s3://bucket/mill/0002"
+    assert 'scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in done.script
     assert "#SBATCH --array=0-3%3\n" in done.script
     result = CliRunner().invoke(app, ["status", str(folder)])
     assert result.output.splitlines()[2] == "0002  not started  optimizer.lr=0.003, model.num_layers=2"

@@ -84,7 +84,9 @@ SCHEMAS = {
 
 
 def rendered(config: Path, *options: str) -> list[dict[str, Any]]:
-    words = ["kubernetes", str(config), "--image", "mill:1", "--gpus-per-node", "4", *options]
+    claim = [] if "--claim" in options else ["--claim", "/runs=runs"]
+    words = ["kubernetes", str(config), "run.dir=/runs/mill", "--image", "mill:1", "--gpus-per-node", "4"]
+    words += [*claim, *options]
     result = CliRunner().invoke(app, words)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -112,10 +114,10 @@ def test_documents_are_valid(config: Path, kind: str) -> None:
     assert document["metadata"] == settings["metadata"] == {"name": "mill", "namespace": "mills"}
     hold(kind, document)
     (config.parent / "again.yaml").write_text(settings["data"]["config.yaml"])
-    assert load_config(config.parent / "again.yaml") == load_config(config)
+    assert load_config(config.parent / "again.yaml") == load_config(config, ["run.dir=/runs/mill"])
     for each in pods(document):
         (container,) = each["spec"]["containers"]
-        assert container["command"][1:6] == ["-m", "launch.pod", "4", "runs/mill", "train"]
+        assert container["command"][1:6] == ["-m", "launch.pod", "4", "/runs/mill", "train"]
         assert container["resources"] == {"limits": {"nvidia.com/gpu": 4}}
         mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in each["spec"]["volumes"]}
@@ -197,3 +199,11 @@ def test_a_pod_starts_its_share_of_the_processes(tmp_path: Path, variable: str) 
     for local, rank in enumerate((2, 3)):
         said = (tmp_path / "log" / f"rank-{rank}.log").read_text()
         assert said == f"{rank} {local} 6 mill-0 ['train', 'c.yaml']\n"
+
+
+@pytest.mark.parametrize("claim", ["/data=data", "/run=runs", "/runs/mill/log=log"])
+def test_a_run_folder_that_would_be_lost_is_refused(config: Path, claim: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"run\.dir: /runs/mill is on no --claim, so every restart would begin at step 0"
+    ):
+        rendered(config, "--claim", claim)

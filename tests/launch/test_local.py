@@ -143,3 +143,17 @@ def test_the_trainer_is_started_as_a_module_with_the_overrides(config: Path, mon
     ]
     assert (seen["nproc"], seen["log_dir"]) == (2, Path("runs/mill/log"))
     assert [event["event"] for event in Attempts(Path("runs/mill")).events()] == ["submitted", "start", "end"]
+
+
+def test_a_run_that_is_cancelled_while_it_pauses_is_not_started_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    notes, tries = Attempts(tmp_path), []
+
+    def attempt(stop: StopRequest) -> int:
+        tries.append(stop)
+        return 4
+
+    code = run_with_restarts(attempt, notes, "local", ["here"], 1, Limits(9), lambda _: notes.note("cancel"))
+    assert (code, len(tries)) == (4, 1)
+    assert "cancelled; launch it again to go on" in capfd.readouterr().err

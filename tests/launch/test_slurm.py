@@ -243,6 +243,22 @@ def test_the_time_limit_saves_and_requeues_without_counting_as_a_failure(slurm: 
     assert process.returncode == 0
 
 
+def test_the_time_limit_ends_a_check_of_nodes_that_takes_longer(slurm: FakeSlurm, run_dir: Path) -> None:
+    began = slurm.here / "check-began"
+    site = Site(preflight=Preflight(commands=[f"touch {began}; sleep 600"]))
+    process = slurm.start(job(slurm, run_dir, [[0] * 4], site), nodes=2)
+    limit = time.monotonic() + 120
+    while not began.exists():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=120)[0]
+    assert slurm.was_requeued(), output
+    assert "requeue: the time limit" in output
+    assert ended(run_dir) == []  # which is no failure, and no node's fault
+    assert not list((run_dir / "launch").glob("*/exclude"))
+
+
 def wait_for(slurm: FakeSlurm) -> None:
     """Until all four processes run."""
     limit = time.monotonic() + 120

@@ -108,6 +108,19 @@ def test_a_folder_that_becomes_read_only_is_one_line_and_what_was_saved_stays(
     case("run folder becomes read-only", "one line, exit code 2; started again when it can be written: the same curve")
 
 
+def test_storage_that_fails_once_is_worth_another_attempt(
+    run_config: Make, whole: list[dict[str, Any]], case: Case
+) -> None:
+    config = run_config("run", checkpoint__behind=False)
+    code, text = failing(config, "checkpoint: begun=ioerror,hit2"), log_of(config).read_text()
+    assert code == ExitCode.RECOVERABLE, text
+    assert "checkpoint of step 8 not written: Input/output error" in text
+    assert "Traceback" not in text
+    assert checkpoint.Checkpoints(config.run.dir).steps() == [4]
+    goes_on_as_if_nothing_had_been(config, whole)
+    case("storage fails once", "one line, exit code 4: launchers start it again; the same curve")
+
+
 def test_a_data_file_that_is_gone_is_one_line_and_when_it_is_back_the_run_goes_on(
     run_config: Make, whole: list[dict[str, Any]], case: Case, tmp_path: Path
 ) -> None:
