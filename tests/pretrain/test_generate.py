@@ -1,6 +1,8 @@
 """Text from runs and from model folders: cached equals uncached, the same seed the same text, as it comes."""
 
 import gc
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +98,14 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="must be"):
             Sampling(**wrong)  # type: ignore[arg-type]
     Sampling(seed=2**64 - 1)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_folder_cannot_name_a_kernel_to_fetch(key: str, trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.hf, tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "kernels-community/flash-attn"}))
+    assert load(tmp_path / "hf").model.config._attn_implementation == "sdpa"
 
 
 @pytest.fixture
