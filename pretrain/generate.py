@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Sampling:
             raise ConfigError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"--seed {self.seed}: must be from 0 to {2**64 - 1}, 64 bits")
 
 
 def generate(
@@ -82,14 +85,19 @@ class _Streamer:
             self._is_prompt = False
             return
         self._ids += [token for token in tokens.flatten().tolist() if token != self._encoder.eos_id]
-        self._show(self._encoder.decode(self._ids).removesuffix("\ufffd"))
+        # Byte-fallback decoders show each byte of an unfinished character as one U+FFFD.
+        text = self._encoder.decode(self._ids).rstrip("\ufffd")
+        # Decoders that join words may change what they said of the last token: only what stands is written.
+        if text.startswith(self.text):
+            self._show(text, len(self.text))
 
     def end(self) -> None:
         """transformers calls this after the last token."""
-        self._show(self._encoder.decode(self._ids))
+        text = self._encoder.decode(self._ids)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(text, self.text, strict=False))
+        self._show(text, len(list(same)))
 
-    def _show(self, text: str) -> None:
-        # Decoders that join words may change what they said of the last token: only what stands is written.
-        if text.startswith(self.text) and text != self.text:
-            self._write(text[len(self.text) :])
-            self.text = text
+    def _show(self, text: str, since: int) -> None:
+        if since < len(text):
+            self._write(text[since:])
+        self.text = text

@@ -353,7 +353,8 @@ class Run:
     def _open_sinks(self) -> list[Sink]:
         if self.ranks.rank:
             return []
-        sinks = open_sinks(self.config.metrics, self.run_dir, self.config.run.name, self.done.step)
+        from_checkpoint = self.checkpoints.latest() is not None
+        sinks = open_sinks(self.config.metrics, self.run_dir, self.config.run.name, self.done.step, from_checkpoint)
         return sinks if self.alerts is None else [*sinks, self.alerts.sink(self.scheduler.journal)]
 
     def _record_rejects(self, batch: Batch) -> None:

@@ -1,6 +1,5 @@
 """`headrace eval`: what a trained model scores on tasks."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +39,8 @@ def evaluate(
     """
     from pretrain.convert.loaded import is_hf_folder, load
     from pretrain.convert.stored_model import find_model
-    from pretrain.evaluation.results import record, report, write_report
+    from pretrain.evaluation.results import as_json as to_json
+    from pretrain.evaluation.results import check_writable, record, report, write_report
     from pretrain.evaluation.score import import_lm_eval, score
     from pretrain.evaluation.task_files import find_tasks
 
@@ -51,19 +51,23 @@ def evaluate(
         raise typer.BadParameter("name one task at least", param_hint="--tasks")
     import_lm_eval()
     find_tasks(names, task_data, shots)  # a wrong name is told before a large model is read
+    check_writable(model if is_run else None, out)
     outcome = score(load(model, step, tokenizer), names, task_data, shots, limit, batch_size)
     arguments = {"tasks": names, "shots": shots, "limit": limit, "batch_size": batch_size}
     content = report(outcome, str(model), done, arguments)
-    if out is not None:
-        write_report(content, out)
+    # Kept and shown before anything can go wrong with --out.
     kept = record(outcome, model, done, content) if done is not None else out
     if as_json:
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        typer.echo(to_json(content))
     else:
-        _print(outcome, model, done, kept)
+        _print(outcome, model, done)
+    if out is not None:
+        write_report(content, out)
+    if kept is not None and not as_json:
+        typer.echo(f"report: {kept}")
 
 
-def _print(outcome: "Outcome", model: Path, step: int | None, kept: Path | None) -> None:
+def _print(outcome: "Outcome", model: Path, step: int | None) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -86,8 +90,6 @@ def _print(outcome: "Outcome", model: Path, step: int | None, kept: Path | None)
     console.print(table)
     if outcome.cut:
         console.print(f"{outcome.cut:,} requests, longer than the model's longest sequence, lost their beginning")
-    if kept is not None:
-        console.print(f"report: {escape(str(kept))}")
 
 
 def _short(value: float | None) -> str:

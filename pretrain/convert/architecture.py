@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from data_scheduler.encoder import Encoder
 from headrace.errors import ConfigError
+from headrace.validation import validated
 from pretrain.config import ModelConfig
 from pretrain.convert.rope import rope_from_hf, rope_to_hf
 from pretrain.models.sizes import Activation, activation, has_qk_norm, head_size, query_groups
@@ -40,6 +40,15 @@ HIDDEN_ACT: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+WHOLE_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+"""Sizes that config.json has to give, or that have a default."""
 COMMON_DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -103,51 +112,53 @@ def from_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model of a `config.json`. Raises ConfigError, naming `where` and the key, for what cannot be represented."""
     family = _family(config, where)
     config = {**COMMON_DEFAULTS, **DEFAULTS[family], **config}
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        if type(config.get(key)) is not int:
-            raise ConfigError(f"{where}: {key} must be a whole number, got {config.get(key)!r}")
+    for key in WHOLE_NUMBERS:
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{where}: {key} must be a whole number above 0, got {value!r}")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim, groups = config["head_dim"] or hidden // heads, config["num_key_value_heads"] or heads
+    head_dim = hidden // heads if config["head_dim"] is None else config["head_dim"]
+    groups = heads if config["num_key_value_heads"] is None else config["num_key_value_heads"]
+    act = config["hidden_act"]
     for key, unsupported in (
         ("attention_bias", bool(config.get("attention_bias")) != (family == "wonton")),
         ("mlp_bias", bool(config.get("mlp_bias"))),
-        ("hidden_act", config["hidden_act"] not in HIDDEN_ACT),
+        ("hidden_act", not isinstance(act, str) or act not in HIDDEN_ACT),
         ("use_sliding_window", bool(config.get("use_sliding_window"))),
         ("quantization_config", config.get("quantization_config") is not None),
         ("hidden_size", config["head_dim"] is None and hidden % heads != 0),
         ("head_dim", type(head_dim) is not int or head_dim < 2 or head_dim % 2 != 0),
-        ("num_key_value_heads", heads % groups != 0),
+        ("num_key_value_heads", type(groups) is not int or groups < 1 or heads % groups != 0),
     ):
         if unsupported:
             raise ConfigError(f"{where}: {key} = {config.get(key)!r} is not supported")
     own_act = "gelu" if family == "wonton" else "silu"
-    try:
-        return ModelConfig(
-            family=family,
-            num_layers=config["num_hidden_layers"],
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            num_query_groups=groups,
-            head_size=None if head_dim * heads == hidden else head_dim,
-            ffn_hidden_size=config["intermediate_size"],
-            activation=None if HIDDEN_ACT[config["hidden_act"]] == own_act else HIDDEN_ACT[config["hidden_act"]],
-            vocab_size=config["vocab_size"],
-            **rope_from_hf(config, where),
-            norm_eps=config["layer_norm_eps" if family == "wonton" else "rms_norm_eps"],
-            qk_norm=False if family == "wonton" and not config["qk_norm"] else None,
-            tie_embeddings=config["tie_word_embeddings"],
-            init_std=config["initializer_range"],
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{where}: {problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+    model = {
+        "family": family,
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "head_size": None if head_dim * heads == hidden else head_dim,
+        "ffn_hidden_size": config["intermediate_size"],
+        "activation": None if HIDDEN_ACT[act] == own_act else HIDDEN_ACT[act],
+        "vocab_size": config["vocab_size"],
+        **rope_from_hf(config, where),
+        "norm_eps": config["layer_norm_eps" if family == "wonton" else "rms_norm_eps"],
+        "qk_norm": False if family == "wonton" and not config["qk_norm"] else None,
+        "tie_embeddings": config["tie_word_embeddings"],
+        "init_std": config["initializer_range"],
+    }
+    return validated(ModelConfig, model, where)
 
 
 def _family(config: Mapping[str, Any], where: str) -> Family:
     kind, architectures = config.get("model_type"), config.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        raise ConfigError(f"{where}: architectures must be a list of names, got {architectures!r}")
     for family, architecture in ARCHITECTURES.items():
         if kind == family and (not architectures or architecture in architectures):
             return family
     *others, last = ARCHITECTURES.values()
-    found = ", ".join(architectures) if isinstance(architectures, list) and architectures else f"model_type {kind!r}"
+    found = ", ".join(map(str, architectures)) if architectures else f"model_type {kind!r}"
     raise ConfigError(f"{where}: {found} cannot be converted; {', '.join(others)} and {last} can")

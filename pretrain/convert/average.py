@@ -22,6 +22,8 @@ def average(run: Path, out: Path, last: int, decay: float | None = None) -> tupl
     """
     steps = Checkpoints(run).steps()[-last:]
     newest = find_model(run, None)
+    if newest.model.num_experts is not None:
+        raise ConfigError(f"{run}: model.num_experts: models with experts cannot be averaged; dense ones can")
     if len(steps) < last:
         raise CheckpointError(
             f"{run}: has {len(steps)} checkpoints, not {last}; there are {', '.join(map(str, steps))}"

@@ -1,5 +1,6 @@
 """What is in a checkpoint, whatever it is a checkpoint of: names, shapes, types, numbers that are none."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,9 @@ from headrace.errors import CheckpointError
 from pretrain.convert.native import StoredTensors
 from pretrain.convert.safetensors_folder import SafetensorsReader
 from pretrain.convert.stored_model import find_checkpoint
+
+STACK = re.compile(r"decoder\.layers\.(?!\d)")
+"""Begins the names of tensors that hold all layers; after a layer's number comes one layer's own."""
 
 
 class TensorFacts(NamedTuple):
@@ -44,7 +48,7 @@ def inspect(path: Path, step: int | None = None) -> Iterator[TensorFacts]:
 def _torch_dist(path: Path) -> Iterator[TensorFacts]:
     stored = StoredTensors(path)
     for name, tensor in sorted(stored.tensors.items()):
-        if not name.startswith("decoder.layers.") or len(tensor.size) < 2:
+        if not STACK.match(name) or len(tensor.size) < 2:
             yield _facts(name, stored.read(name))
             continue
         rows = [_facts(name, stored.read(name, row)) for row in range(tensor.size[0])]  # a stack: layer by layer
@@ -54,5 +58,7 @@ def _torch_dist(path: Path) -> Iterator[TensorFacts]:
 
 def _facts(name: str, tensor: torch.Tensor) -> TensorFacts:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    # torch has no isfinite for types of one byte; a wider one holds their values exactly.
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    bad = tensor.numel() - int(torch.isfinite(wide).sum())
     return TensorFacts(name, tuple(tensor.shape), dtype, tensor.numel(), bad)

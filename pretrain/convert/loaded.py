@@ -22,6 +22,10 @@ from pretrain.convert.stored_model import find_model
 from pretrain.convert.tensors import native_tensors, take
 from pretrain.convert.tokenizer_files import load_tokenizer
 
+NOT_PASSED_ON = ("auto_map", "model_type", "attn_implementation", "experts_implementation")
+"""Keys of config.json that transformers must not see, besides its private ones (`_attn_implementation`): they may name
+code to run, a kernel of the hub among it."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -95,7 +99,7 @@ def _build(config: dict[str, Any], tensors: Iterator[tuple[str, torch.Tensor]], 
     import pretrain.convert.wonton  # noqa: F401  transformers then knows it
 
     transformers.logging.set_verbosity_error()
-    options = {key: value for key, value in config.items() if key not in ("auto_map", "model_type")}
+    options = {key: value for key, value in config.items() if key not in NOT_PASSED_ON and not key.startswith("_")}
     made = transformers.AutoConfig.for_model(config["model_type"], **options)
     with torch.device("meta"):  # no numbers are drawn only to be overwritten
         model = transformers.AutoModelForCausalLM.from_config(made, dtype=dtype)

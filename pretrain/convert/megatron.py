@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from headrace.errors import CheckpointError, ConfigError
+from headrace.validation import validated
 from pretrain.config import ModelConfig
 from pretrain.convert.native import NativeReader, write_weights
 from pretrain.convert.new_run import check_new, new_run
+from pretrain.convert.rope import LLAMA3_DEFAULTS
 from pretrain.convert.stored_model import find_model
 from pretrain.convert.tensors import native_tensors
 from pretrain.models.sizes import FAMILIES, activation, has_qk_norm, head_size, query_groups
@@ -159,25 +160,22 @@ def model_of(args: Mapping[str, Any], where: str) -> ModelConfig:
         factor = args.get("rope_scaling_factor", 8.0)
         options["rope_scaling"] = {"kind": "llama3", "factor": factor, "original_seq_len": LLAMA3_SEQ_LEN}
     heads = args.get("num_attention_heads")
-    try:
-        return ModelConfig(
-            family=family,
-            num_layers=args.get("num_layers"),
-            hidden_size=args.get("hidden_size"),
-            num_attention_heads=heads,
-            num_query_groups=args.get("num_query_groups") if args.get("group_query_attention") else heads,
-            head_size=args.get("kv_channels"),
-            ffn_hidden_size=args.get("ffn_hidden_size"),
-            vocab_size=args.get("padded_vocab_size"),
-            rope_base=args.get("rotary_base", 10000),
-            norm_eps=args.get("norm_epsilon", 1e-5),
-            init_std=args.get("init_method_std", 0.02),
-            tie_embeddings=not args.get("untie_embeddings_and_output_weights", False),
-            **options,
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{where}: args: {problem['loc'][0]}: {problem['msg']}, got {problem['input']!r}") from None
+    raw = {
+        "family": family,
+        "num_layers": args.get("num_layers"),
+        "hidden_size": args.get("hidden_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": args.get("num_query_groups") if args.get("group_query_attention") else heads,
+        "head_size": args.get("kv_channels"),
+        "ffn_hidden_size": args.get("ffn_hidden_size"),
+        "vocab_size": args.get("padded_vocab_size"),
+        "rope_base": args.get("rotary_base", 10000),
+        "norm_eps": args.get("norm_epsilon", 1e-5),
+        "init_std": args.get("init_method_std", 0.02),
+        "tie_embeddings": not args.get("untie_embeddings_and_output_weights", False),
+        **options,
+    }
+    return validated(ModelConfig, raw, f"{where}: args")
 
 
 def args_of(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -191,6 +189,12 @@ def args_of(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]
         raise ConfigError(
             f"model.rope_scaling {scaling.kind}: Megatron-LM has llama3 with original_seq_len {LLAMA3_SEQ_LEN} only"
         )
+    if scaling is not None:
+        for key, fixed in LLAMA3_DEFAULTS.items():
+            if (value := getattr(scaling, key)) not in (None, fixed):
+                raise ConfigError(
+                    f"model.rope_scaling.{key} {value:g}: Megatron-LM has no argument for it and takes {fixed:g}"
+                )
     args: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,

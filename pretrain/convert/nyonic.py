@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from headrace.errors import CheckpointError, ConfigError
+from headrace.validation import validated
 from pretrain.config import ModelConfig
 from pretrain.convert.new_run import check_new, new_run
 from pretrain.convert.tensors import Native, Part, check_finite, join, native_tensors
@@ -114,19 +115,20 @@ def model_of(tensors: dict[str, torch.Tensor], file: Path, heads: int | None) ->
         raise CheckpointError(f"{file}: is no wonton (embedding.weight or transformer_encoder.layers.0 is missing)")
     vocab_size, hidden = embedding.shape
     norm = tensors.get("transformer_encoder.layers.0.self_attn.q_layer_norm.weight")
-    heads = heads or hidden // (HEAD_SIZE if norm is None else norm.numel())
-    if not heads or hidden % heads or hidden // heads % 2:
+    heads = heads or hidden // max(1, HEAD_SIZE if norm is None else norm.numel())
+    if heads < 1 or hidden % heads or hidden // heads % 2:
         raise ConfigError(f"{file}: {hidden} dimensions do not make {heads} heads of even size; give --heads")
-    return ModelConfig(
-        family="wonton",
-        num_layers=len(layers),
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        ffn_hidden_size=inner.shape[0],
-        vocab_size=vocab_size,
-        qk_norm=norm is not None,
-    )
+    raw = {
+        "family": "wonton",
+        "num_layers": len(layers),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": heads,
+        "ffn_hidden_size": inner.shape[0],
+        "vocab_size": vocab_size,
+        "qk_norm": norm is not None,
+    }
+    return validated(ModelConfig, raw, str(file))
 
 
 def source_of(name: str) -> tuple[str, int | None]:

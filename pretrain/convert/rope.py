@@ -42,6 +42,9 @@ def rope_to_hf(model: ModelConfig) -> dict[str, Any]:
 def rope_from_hf(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`rope_base` and `rope_scaling` of a model. Raises ConfigError for partial embeddings and unknown scalings."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the order of transformers 5
+    if not isinstance(rope, Mapping):
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        raise ConfigError(f"{where}: {key} must be a section with a rope_type, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):

@@ -20,6 +20,23 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights, as safetensors calls them."""
+OTHER_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Types that quantized folders hold: they can be looked at, not converted."""
 
 
 class SafetensorsReader:
@@ -37,7 +54,9 @@ class SafetensorsReader:
             if missing:
                 raise CheckpointError(f"{folder / file}: holds no {min(missing)}, though {INDEX} says so")
             self._files |= dict.fromkeys(names or stored, opened)
-            self._places |= _places(folder / file)
+            places = _places(folder / file)
+            # A file may hold more than the index takes from it: old copies of what lies in another.
+            self._places |= {name: places[name] for name in names or stored}
 
     def check(self, parts: Iterable[Part], ignored: Iterable[str] = ()) -> None:
         """Raise CheckpointError unless the folder holds just `parts`, in their shapes, besides the names `ignored`."""
@@ -68,12 +87,16 @@ class SafetensorsReader:
         return sorted(self._files)
 
     def read(self, name: str, finite: bool = True) -> torch.Tensor:
-        """The tensor called `name`, on the CPU. Raises CheckpointError when it should be `finite` and is not."""
-        path, (begin, end), dtype, shape = self._places[name]
+        """The tensor called `name`, on the CPU. Raises CheckpointError when it is of a type that torch does not have,
+        or should be `finite` and is not."""
+        path, (begin, end), kind, shape = self._places[name]
+        dtype = (DTYPES | OTHER_DTYPES).get(kind)
+        if dtype is None:
+            raise CheckpointError(f"{path}: tensor {name} is of type {kind}, which cannot be read")
         # Not through safetensors, which maps the whole file: its pages count as ours, and a folder as big as memory
         # would push everything else out.
         raw = torch.from_numpy(np.fromfile(path, np.uint8, end - begin, offset=begin))
-        tensor = raw.view(DTYPES[dtype]).view(shape)
+        tensor = raw.view(dtype).view(shape)
         if finite:
             check_finite(tensor, f"{path}: tensor {name}")
         return tensor

@@ -20,7 +20,9 @@ from pretrain.convert.loaded import Loaded
 Request = tuple[Any, list[int], list[int]]
 """What was asked (unused), context tokens (one at least), and continuation tokens (one at least)."""
 DEFAULT_MAX_TOKENS = 256
-"""Of a continuation, where the task says nothing."""
+"""Of a continuation, where the task says nothing; half the longest sequence where that is less."""
+LIMIT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call it; lm-eval takes the first that is there."""
 
 
 class LanguageModel(TemplateLM):
@@ -107,21 +109,39 @@ class LanguageModel(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The greedy continuation of each text, up to a stop string, the end of the document, or the task's limit.
 
-        Raises ConfigError for a task that wants tokens drawn at random.
+        Raises ConfigError for a task that wants tokens drawn at random, or continuations that leave no room for the
+        text before them.
         """
-        return [self._write(*request.args) for request in tqdm(requests, "continuations", disable=None)]
+        limits = [self._limit(request.args[1]) for request in requests]  # told before the first is written
+        asked = zip(requests, limits, strict=True)
+        return [
+            self._write(*request.args, limit)
+            for request, limit in tqdm(asked, "continuations", len(limits), disable=None)
+        ]
+
+    def _limit(self, options: dict[str, Any]) -> int:
+        """Tokens that a continuation may have; the rest of the longest sequence is the context's."""
+        given = next((options[name] for name in LIMIT_NAMES if options.get(name) is not None), None)
+        most = max(1, min(DEFAULT_MAX_TOKENS, self._max_length // 2)) if given is None else int(given)
+        if most >= self._max_length:
+            raise ConfigError(
+                f"continuations of up to {most} tokens leave no room for what comes before them in the model's longest "
+                f"sequence, {self._max_length}; this task cannot be asked of this model"
+            )
+        return most
 
     @torch.no_grad()
-    def _write(self, context: str, options: dict[str, Any]) -> str:
+    def _write(self, context: str, options: dict[str, Any], most: int) -> str:
         import transformers
 
         if options.get("do_sample") and options.get("temperature", 1.0) != 0.0:
             raise ConfigError("this task draws tokens at random (do_sample); only greedy continuations are supported")
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        most = int(options.get("max_gen_toks", options.get("max_new_tokens", DEFAULT_MAX_TOKENS)))
-        most = min(most, self._max_length - 1)
-        ids = (self.tok_encode(context) or [self.prefix_token_id])[-(self._max_length - most) :]
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        room = self._max_length - most
+        self.cut += len(ids) > room
+        ids = ids[-room:]
         begun = torch.tensor([ids], device=self._model.device)
         config = transformers.GenerationConfig(
             max_new_tokens=most, do_sample=False, eos_token_id=self.eot_token_id, pad_token_id=self.eot_token_id

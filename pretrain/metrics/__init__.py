@@ -29,10 +29,13 @@ __all__ = ["METRICS", "Metric", "Record", "Sink", "open_sinks", "read_records"]
 log = logging.getLogger(__name__)
 
 
-def open_sinks(config: MetricsConfig, run_dir: str | Path, run_name: str, resume_step: int = 0) -> list[Sink]:
+def open_sinks(
+    config: MetricsConfig, run_dir: str | Path, run_name: str, resume_step: int = 0, from_checkpoint: bool = False
+) -> list[Sink]:
     """The sinks of a run, `metrics.jsonl` first; call on rank 0 only, before the first step.
 
-    `resume_step` is the first step that will be recorded: 0 in a new run, the checkpoint's step in a resumed one.
+    `resume_step` is the first step that will be recorded: 0 in a new run, the checkpoint's step in a resumed one;
+    `from_checkpoint`, whether a new run starts from converted weights, whose scores are kept.
     `metrics.jsonl` failing (a full disk) stops the run with OSError. A tracker that fails while the run trains is
     dropped with a warning. One that cannot even start raises ConfigError in a new run; in a resumed one, where nobody
     may be watching, it is left out with a warning.
@@ -59,7 +62,7 @@ def open_sinks(config: MetricsConfig, run_dir: str | Path, run_name: str, resume
                     raise ConfigError(f"metrics.{tracker} cannot start: {error}") from error
                 log.warning("metrics.%s cannot start and is left out: %s", tracker, error)
         # Opened last: a tracker that is refused must not have cost a killed run's records.
-        return [JsonlSink.open(run_dir / "metrics.jsonl", resume_step), *opened]
+        return [JsonlSink.open(run_dir / "metrics.jsonl", resume_step, from_checkpoint), *opened]
     except BaseException:
         for sink in opened:
             sink.close()

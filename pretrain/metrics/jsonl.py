@@ -25,7 +25,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def encode(record: Record) -> bytes:
     """`record` as one line, newline included."""
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
 
 
 def decode(line: bytes | str) -> Record:
@@ -61,17 +61,18 @@ def append_record(path: Path, record: Record) -> None:
 class JsonlSink:
     """Appends records to `metrics.jsonl`."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        self._evaluated_at = _supersede(path, resume_step)
+    def __init__(self, path: Path, resume_step: int, from_checkpoint: bool) -> None:
+        self._evaluated_at = _supersede(path, resume_step, from_checkpoint)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     @classmethod
-    def open(cls, path: Path, resume_step: int = 0) -> "JsonlSink":
+    def open(cls, path: Path, resume_step: int = 0, from_checkpoint: bool = False) -> "JsonlSink":
         """A sink whose file holds only what came before the first step to be written, `resume_step`.
 
-        Raises OSError (a full disk, a read-only folder).
+        `from_checkpoint`: step 0 starts from weights that were there before, whose scores stay. Raises OSError (a full
+        disk, a read-only folder).
         """
-        return cls(path, resume_step)
+        return cls(path, resume_step, from_checkpoint)
 
     def write(self, record: Record) -> None:
         """Append one line; it is with the operating system on return, so a killed process loses nothing.
@@ -98,11 +99,12 @@ class JsonlSink:
             self._fd = -1
 
 
-def _supersede(path: Path, resume_step: int) -> int:
+def _supersede(path: Path, resume_step: int, from_checkpoint: bool) -> int:
     """Move records that will be written again, and torn lines, out of `path`.
 
     Returns the step of an evaluation of the resumed checkpoint itself, which stays; -1 without one. A run that starts
-    at step 0 starts with new weights, so nothing from before stays.
+    at step 0 starts with new weights, so nothing from before stays; one that starts from converted weights keeps their
+    scores, and evaluates anew.
     """
     try:
         content = path.read_bytes()
@@ -117,7 +119,8 @@ def _supersede(path: Path, resume_step: int) -> int:
         except ValueError:
             cut.append(encode({"torn": line.decode("utf-8", "replace")}))
             continue
-        of_checkpoint = (is_evaluation(record) or has_scores(record)) and record["step"] == resume_step > 0
+        stays = has_scores(record) if resume_step == 0 else has_scores(record) or is_evaluation(record)
+        of_checkpoint = stays and record["step"] == resume_step and (resume_step > 0 or from_checkpoint)
         if of_checkpoint and is_evaluation(record):
             evaluated_at = resume_step
         (kept if record["step"] < resume_step or of_checkpoint else cut).append(line + b"\n")
@@ -139,16 +142,16 @@ def _write_through(path: Path, content: bytes, mode: str) -> None:
         os.fsync(file.fileno())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Plain JSON types; numpy and torch scalars become Python's, non-finite floats strings."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, str | bool | int | type(None)):
         return value
     if not isinstance(value, float):
-        return _plain(value.item())
+        return plain(value.item())
     if math.isfinite(value):
         return float(value)  # numpy.float64 is a float whose repr is not a number
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

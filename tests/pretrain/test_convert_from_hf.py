@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from pretrain.config import ModelConfig, RunConfig, validate_config
 from pretrain.convert.architecture import from_hf_config
 from pretrain.convert.from_hf import from_hf
 from pretrain.convert.new_run import model_section
+from pretrain.convert.safetensors_folder import SafetensorsReader
 from pretrain.convert.to_hf import to_hf
 from pretrain.metrics import read_records
+from pretrain.metrics.jsonl import append_record
 from pretrain.microbatch import split_batch
 from pretrain.step import build_state, place
 from pretrain.train import train
@@ -137,6 +140,7 @@ def test_a_run_starts_from_them_and_resumes(
     random_model().save_pretrained(hf)
     (hf / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
     model = from_hf(hf, run)
+    append_record(run / "metrics.jsonl", {"step": 0, "eval": {"piqa/acc": 0.5}})
     raw = data_config(seq_len=32, global_batch_size=8, lanes=8).model_dump() | {"tokenizer": str(hf)}
     for source in raw["sources"]:
         source["val_paths"] = source["paths"]
@@ -153,6 +157,7 @@ def test_a_run_starts_from_them_and_resumes(
     records = list(read_records(run / "metrics.jsonl"))
     assert [record["step"] for record in records if "val_loss" in record] == [0, 1, 2]
     assert [record["step"] for record in records if "loss" in record] == [0, 1]
+    assert [record["eval"] for record in records if "eval" in record] == [{"piqa/acc": 0.5}]
     to_hf(run, 2, tmp_path / "again")
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -197,6 +202,20 @@ def config_with(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def test_of_a_file_only_what_the_index_takes_from_it_is_read(saved: Path, tmp_path: Path) -> None:
+    """A stale copy of a weight in another file, as an interrupted rewrite leaves it, is not the weight."""
+    folder = tmp_path / "hf"
+    shutil.copytree(saved, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in {*index.values()}:
+        stale = {name: torch.full(torch.Size([640, 64]), 7.0) for name in index if index[name] != file}
+        save_file(load_file(folder / file) | stale, folder / file)
+    reader, before = SafetensorsReader(folder), SafetensorsReader(saved)
+    assert len({*index.values()}) > 1
+    for name in index:
+        assert torch.equal(reader.read(name), before.read(name)), name
+
+
 def a_file_of(folder: Path) -> Path:
     return sorted(folder.glob("model-*.safetensors"))[-1]
 
@@ -230,7 +249,29 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], type[HeadraceError], str]] = {
     "activation": (config_with(hidden_act="relu"), ConfigError, "hidden_act = 'relu' is not supported"),
     "head size": (config_with(head_dim=15), ConfigError, "head_dim = 15 is not supported"),
     "quantized": (config_with(quantization_config={"bits": 4}), ConfigError, "quantization_config"),
-    "no size": (config_with(hidden_size="64"), ConfigError, "hidden_size must be a whole number, got '64'"),
+    "no size": (config_with(hidden_size="64"), ConfigError, "hidden_size must be a whole number above 0, got '64'"),
+    "no heads": (config_with(num_attention_heads=0), ConfigError, "num_attention_heads must be a whole number above 0"),
+    "no length": (config_with(max_position_embeddings=None), ConfigError, "max_position_embeddings must be a whole"),
+    "groups in words": (
+        config_with(num_key_value_heads="4"),
+        ConfigError,
+        "num_key_value_heads = '4' is not supported",
+    ),
+    "no groups": (config_with(num_key_value_heads=0), ConfigError, "num_key_value_heads = 0 is not supported"),
+    "heads of nothing": (config_with(head_dim=0), ConfigError, "head_dim = 0 is not supported"),
+    "activations": (config_with(hidden_act=["silu"]), ConfigError, r"hidden_act = \['silu'\] is not supported"),
+    "architecture 5": (config_with(architectures=5), ConfigError, "architectures must be a list of names, got 5"),
+    "architectures 5": (config_with(architectures=[5]), ConfigError, "5 cannot be converted"),
+    "gated wonton": (
+        config_with(model_type="wonton", architectures=["WontonForCausalLM"], attention_bias=True, hidden_act="silu"),
+        ConfigError,
+        "activation silu: the wonton family has no gates",
+    ),
+    "rope scaling in a word": (
+        config_with(rope_scaling="linear"),
+        ConfigError,
+        "rope_scaling must be a section with a rope_type, got 'linear'",
+    ),
     "bad number": (config_with(rms_norm_eps=-1.0), ConfigError, r"norm_eps: .* got -1\.0"),
     "rope scaling": (
         config_with(rope_scaling={"rope_type": "longrope", "factor": 8.0}),

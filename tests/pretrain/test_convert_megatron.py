@@ -20,6 +20,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, model_identity
 from pretrain.config import ModelConfig
 from pretrain.convert.megatron import LATEST, args_of, from_megatron, model_of, read_args, to_megatron
+from pretrain.convert.rope import LLAMA3_DEFAULTS
 
 
 @pytest.fixture(scope="module", params=["tied GQA", "wonton"])
@@ -133,6 +134,11 @@ LLAMA = ModelConfig(
         ({"rotary_percent": 0.5}, r"rotary_percent = 0\.5"),
         ({"swiglu": False}, "is of no known family|is no known family"),
         ({"hidden_size": None}, "args: hidden_size"),
+        (
+            {"normalization": "LayerNorm", "add_bias_linear": True, "swiglu": False, "use_rope_scaling": True}
+            | {"rope_scaling_factor": 0.5},
+            r"args: rope_scaling\.factor: .*got 0\.5",
+        ),
     ],
 )
 def test_models_that_a_run_cannot_have_are_said(changes: dict[str, Any], message: str) -> None:
@@ -168,6 +174,14 @@ def test_megatron_lms_defaults_are_its_own() -> None:
 
 
 def test_models_that_megatron_lm_cannot_have_are_said() -> None:
-    for changes, message in (({"activation": "gelu"}, "activation gelu"), ({"rope_base": 1.5}, "rope_base 1.5")):
+    llama3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 8192}
+    changes: dict[str, Any]
+    for changes, message in (
+        ({"activation": "gelu"}, "activation gelu"),
+        ({"rope_base": 1.5}, "rope_base 1.5"),
+        ({"rope_scaling": llama3 | {"low_freq_factor": 2.0}}, r"low_freq_factor 2: Megatron-LM .* takes 1$"),
+        ({"rope_scaling": llama3 | {"high_freq_factor": 16.0}}, r"high_freq_factor 16: Megatron-LM .* takes 4$"),
+    ):
         with pytest.raises(ConfigError, match=message):
-            args_of(LLAMA.model_copy(update=changes), 128, 32)
+            args_of(ModelConfig.model_validate(LLAMA.model_dump() | changes), 128, 32)
+    args_of(ModelConfig.model_validate(LLAMA.model_dump() | {"rope_scaling": llama3 | LLAMA3_DEFAULTS}), 128, 32)

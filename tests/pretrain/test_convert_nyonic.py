@@ -132,6 +132,8 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     refused(good | {"more": torch.zeros(1)}, "tensor more has no place")
     position = {"embedding.token_position_embedding.weight": torch.zeros(4, 4)}
     refused(good | position, "learned position embeddings", ConfigError)
+    inner = "transformer_encoder.layers.0.linear1.weight"
+    refused(good | {inner: torch.zeros(0, 64)}, r"wonton\.pt: ffn_hidden_size: .* got 0$", ConfigError)
     refused([1, 2], "holds no state dict")
     refused({"module": {"embedding.weight": torch.zeros(3, 4)}}, "is no wonton")
     (tmp_path / "wonton.pt").write_bytes(b"cos\nsystem\n(S'false'\ntR.")

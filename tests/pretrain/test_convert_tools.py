@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from headrace.errors import ExitCode
-from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint import Checkpoints, read_meta
 from pretrain.cli import main
 from pretrain.convert.average import average, weights
+from pretrain.convert.inspect import inspect
+from pretrain.convert.native import StoredTensors
 from pretrain.convert.verify import verify
 from pretrain.models.sizes import count_parameters
 
@@ -123,6 +126,30 @@ def test_the_mean_of_checkpoints(llama: Trained, tmp_path: Path, command: Callab
     assert "has 3 checkpoints, not 4; there are 2, 4, 6" in err
 
 
+def test_models_with_mup_are_averaged_and_those_with_experts_are_not(
+    llama: Trained, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(llama.run_dir, run)
+    _scaled(Checkpoints(run), 4, 3.0)
+    for key, changes in (("mup", {"mup": True}), ("experts", {"mup": False, "num_experts": 4})):
+        for step in (2, 4):
+            file = Checkpoints(run).path(step) / "meta.json"
+            meta = json.loads(file.read_text("utf-8"))
+            for section in (meta["config"]["model"], meta["model"]):
+                section.update(changes)
+            file.write_text(json.dumps(meta), "utf-8")
+        code, out, err = command("average", run, "--out", tmp_path / key, "--last", 2)
+        if key == "mup":
+            assert code == 0
+            assert "mup: true" in out
+            assert read_meta(Checkpoints(tmp_path / key).path(0))["model"]["mup"]
+        else:
+            assert code == ExitCode.USER_ERROR
+            assert "model.num_experts: models with experts cannot be averaged" in err
+            assert len(err.splitlines()) == 1
+
+
 def _scaled(checkpoints: Checkpoints, step: int, factor: float) -> None:
     """A checkpoint of `step` whose weights are those of step 2 times `factor`, written as files that torch reads."""
     from pretrain.convert.native import NativeReader, write_weights
@@ -157,6 +184,55 @@ def test_what_is_in_a_checkpoint(llama: Trained, tmp_path: Path, command: Callab
     assert ", 2 NaN or infinite values" in out
     (line,) = (line for line in out.splitlines() if line.startswith("model.layers.1.mlp.up_proj.weight "))
     assert line.split()[1:] == ["128", "x", "64", "float32", "2"]
+
+
+OTHER_TYPES = {
+    "I64": torch.arange(3),
+    "BOOL": torch.tensor([True, False]),
+    "U16": torch.arange(4).to(torch.uint16),
+    "F8_E4M3": torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn),
+    "F8_E5M2": torch.tensor([1.0, float("inf")]).to(torch.float8_e5m2),
+    "F8_E8M0": torch.tensor([1.0, 2.0]).to(torch.float8_e8m0fnu),
+    "F64": torch.tensor(1.0, dtype=torch.float64),
+}
+"""What quantized folders hold besides weights of 16 and 32 bits."""
+
+
+def test_a_quantized_folder_is_listed(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    save_file(OTHER_TYPES, tmp_path / "model.safetensors")
+    code, out, err = command("inspect", tmp_path)
+    assert (code, err) == (0, "")
+    found = {line.split()[0]: line.split()[-2:] for line in out.splitlines()[:-1]}
+    assert found == {
+        name: [str(tensor.dtype).removeprefix("torch."), "1" if name in ("F8_E4M3", "F8_E5M2") else "-"]
+        for name, tensor in OTHER_TYPES.items()
+    }
+
+
+def test_a_type_that_torch_lacks_is_one_line(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    header = b'{"weight":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"abc")
+    code, _, err = command("inspect", tmp_path)
+    assert code == ExitCode.USER_ERROR
+    assert len(err.splitlines()) == 1
+    assert "F6_E2M3" in err
+
+
+def test_a_matrix_of_one_layer_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows it would be read, whole, as often as it has rows; a stack of all layers is read layer by layer."""
+    weights = {name: torch.ones(6, 4) for name in ("decoder.layers.3.mlp.weight", "decoder.layers.mlp.weight")}
+    torch.distributed.checkpoint.save(weights, checkpoint_id=tmp_path, no_dist=True)
+    reads: list[str] = []
+    read = StoredTensors.read
+
+    def counted(self: StoredTensors, key: str, row: int | None = None) -> torch.Tensor:
+        reads.append(key)
+        return read(self, key, row)
+
+    monkeypatch.setattr(StoredTensors, "read", counted)
+    facts = list(inspect(tmp_path))
+    assert [(each.name, each.shape, each.not_finite) for each in facts] == [(name, (6, 4), 0) for name in weights]
+    assert [reads.count(name) for name in weights] == [1, 6]
 
 
 def _with_nan(source: Path, folder: Path) -> Path:

@@ -1,18 +1,22 @@
 """Text from runs and from model folders: cached equals uncached, the same seed the same text, as it comes."""
 
 import gc
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from converted_runs import MODELS, Trained, train
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from typer.testing import CliRunner
 
+from data_scheduler.encoder import Encoder, load_encoder
 from headrace.errors import ConfigError
 from pretrain.cli import app
 from pretrain.convert.loaded import Loaded, load
-from pretrain.generate import Sampling, generate
+from pretrain.generate import Sampling, _Streamer, generate
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -90,6 +94,48 @@ def test_an_exported_model_loads_in_a_pipeline(trained: Trained, loaded: Loaded)
 
 
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+    for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": 2**64}):
         with pytest.raises(ConfigError, match="must be"):
             Sampling(**wrong)  # type: ignore[arg-type]
+    Sampling(seed=2**64 - 1)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_folder_cannot_name_a_kernel_to_fetch(key: str, trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.hf, tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "kernels-community/flash-attn"}))
+    assert load(tmp_path / "hf").model.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture
+def byte_encoder(tmp_path: Path) -> Encoder:
+    """Token 2 + b is byte b, as in Llama's vocabulary what has no token of its own; 258 is the letter a."""
+    vocab = {"<unk>": 0, "</s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)} | {"a": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return load_encoder(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a€a🙂é a".encode(), ["a", "€", "a", "🙂", "é", " ", "a"]),
+        ("aé€".encode()[:-1] + b"a", ["a", "é", "\ufffd\ufffd\ufffd\ufffda"]),  # broken, and the decoder takes é back
+        ("a€".encode()[:-1], ["a", "\ufffd\ufffd"]),
+    ],
+)
+def test_characters_of_several_tokens_are_written_when_whole(
+    text: bytes, expected: list[str], byte_encoder: Encoder
+) -> None:
+    parts: list[str] = []
+    streamer = _Streamer(byte_encoder, parts.append)
+    streamer.put(torch.tensor([[258, 258]]))
+    ids = [258 if byte == ord("a") else 2 + byte for byte in text]
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert parts == expected
+    assert streamer.text == byte_encoder.decode(ids)

@@ -60,6 +60,20 @@ def test_a_resume_keeps_the_scores_of_checkpoints_that_stay(run: Path) -> None:
     assert [record["step"] for record in read_records(path) if "val_loss" in record] == [2]
 
 
+def test_a_start_from_converted_weights_keeps_their_scores(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    held_out = {"step": 0, "val_loss": {"code": 9.0}}
+    for _ in range(2):  # killed before its first checkpoint, the run starts from the weights again
+        append_record(path, scored(0, 0.5))
+        sink = JsonlSink.open(path, from_checkpoint=True)
+        sink.write(held_out)
+        sink.write(training(0))
+        sink.close()
+    assert list(read_records(path)) == [scored(0, 0.5), scored(0, 0.5), held_out, training(0)]
+    JsonlSink.open(path).close()  # new weights: nothing from before is theirs
+    assert not list(read_records(path))
+
+
 def test_half_a_line_of_a_killed_run_does_not_swallow_them(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append_record(path, scored(1, 0.5))

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from converted_runs import MODELS, Trained, train
 from typer.testing import CliRunner
 
+from headrace.errors import ConfigError
 from pretrain import cli
 from pretrain.convert.loaded import Loaded, load
 from pretrain.metrics import read_records
@@ -129,6 +132,92 @@ def test_answers_equal_those_of_lm_evals_own_model(trained: Trained, loaded: Loa
         asked = requests("generate_until", [("def f", {"until": until, "max_gen_toks": 16}), ("x" * 70, {"until": []})])
         assert ours.generate_until(asked[:1]) == theirs.generate_until(asked[:1])
     assert ours.generate_until(asked[1:])[0]
+
+
+def test_a_continuation_leaves_room_for_its_context(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a longest sequence of 32 tokens; a token is a character."""
+    from lm_eval.api.instance import Instance
+
+    from pretrain.evaluation.language_model import LanguageModel
+
+    model = LanguageModel(loaded, batch_size=1)
+    read: list[tuple[int, int]] = []
+    write = loaded.model.generate
+
+    def generate(ids: Any, *, generation_config: Any, **rest: Any) -> Any:
+        read.append((ids.shape[1], generation_config.max_new_tokens))
+        return write(ids, generation_config=generation_config, **rest)
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+
+    def ask(**options: Any) -> None:
+        requests = [("x" * 100, options), ("short", options)]
+        model.generate_until([Instance("generate_until", {}, one, number) for number, one in enumerate(requests)])
+
+    ask(until=["\n"])
+    assert (read, model.cut) == ([(16, 16), (5, 16)], 1)
+    read.clear()
+    ask(until=["\n"], max_tokens=24)
+    assert (read, model.cut) == ([(8, 24), (5, 24)], 2)
+    read.clear()
+    with pytest.raises(ConfigError, match=r"up to 32 tokens leave no room .* longest sequence, 32"):
+        ask(until=["\n"], max_gen_toks=32)
+    assert not read
+
+
+def test_what_cannot_be_written_is_told_before_the_model_is_read(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run, ignore=shutil.ignore_patterns("evaluations", "metrics.jsonl", "*.distcp"))
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+
+    def said(*more: str) -> str:
+        return refusal(["eval", str(run), "--tasks", "headrace_tiny", *more], monkeypatch, capfd)
+
+    assert f"--out {run}: cannot be written: Is a directory" in said("--out", str(run))
+    assert "cannot be written: Not a directory" in said("--out", str(tmp_path / "file" / "report.json"))
+    assert ".distcp is missing" in said("--out", str(tmp_path / "new" / "report.json"))  # the model is read
+    (run / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl: cannot be written" in said()
+    (run / "metrics.jsonl").rmdir()
+    (run / "evaluations").write_text("")
+    assert "evaluations: cannot be written" in said()
+    (run / "evaluations").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_scores_that_are_no_numbers_are_kept_as_valid_json(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And kept in the run although --out fails in the end, as a disk does that has become full meanwhile."""
+    from pretrain.evaluation import results, score
+    from pretrain.evaluation.score import Outcome, Score, TaskScores
+
+    run = tmp_path / "run"
+    shutil.copytree(trained.run_dir, run, ignore=shutil.ignore_patterns("evaluations", "metrics.jsonl"))
+    scores = {"word_perplexity": Score(math.inf, None, False), "acc": Score(math.nan, math.nan, True)}
+    outcome = Outcome({"text": TaskScores(scores, items=1, of_items=1, shots=0)}, {}, 0)
+    monkeypatch.setattr(score, "score", lambda *_: outcome)
+    write = results.write_report
+
+    def full(content: dict[str, Any], path: Path) -> None:
+        if path == tmp_path / "out.json":
+            raise OSError(28, "No space left on device")
+        write(content, path)
+
+    monkeypatch.setattr(results, "write_report", full)
+    arguments = ["eval", str(run), "--tasks", "headrace_tiny", "--json", "--out", str(tmp_path / "out.json")]
+    shown = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(shown.exception, OSError)
+    (kept,) = (run / "evaluations").iterdir()
+    for text in (shown.stdout, kept.read_text()):
+        found = json.loads(text, parse_constant=pytest.fail)["tasks"]["text"]["scores"]
+        assert found["word_perplexity"]["value"] == "Infinity"
+        assert found["acc"]["standard_error"] == "NaN"
+    (record,) = read_records(run / "metrics.jsonl")
+    assert record["eval"]["text/word_perplexity"] == math.inf
 
 
 def test_the_built_in_tasks_are_scored_and_kept(trained: Trained, tmp_path: Path) -> None:
