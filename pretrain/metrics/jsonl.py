@@ -25,7 +25,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def encode(record: Record) -> bytes:
     """`record` as one line, newline included."""
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
 
 
 def decode(line: bytes | str) -> Record:
@@ -139,16 +139,16 @@ def _write_through(path: Path, content: bytes, mode: str) -> None:
         os.fsync(file.fileno())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Plain JSON types; numpy and torch scalars become Python's, non-finite floats strings."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, str | bool | int | type(None)):
         return value
     if not isinstance(value, float):
-        return _plain(value.item())
+        return plain(value.item())
     if math.isfinite(value):
         return float(value)  # numpy.float64 is a float whose repr is not a number
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
