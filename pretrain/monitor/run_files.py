@@ -7,11 +7,12 @@ a file nor the folder it is in may be a link. A named pipe would block whoever o
 """
 
 import errno
+import io
 import os
 import stat
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from headrace.errors import ConfigError
 
@@ -26,7 +27,7 @@ class OwnerError(ConfigError):
     """The data that a run names is not to be opened for it."""
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> io.FileIO:
     """The regular file at `path`, unbuffered. Raises OSError, also for links and for a folder that is one."""
     folder = os.open(path.parent, _FOLDER)
     try:
@@ -36,7 +37,7 @@ def open_plain(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(handle, "rb", buffering=0)
+    return io.FileIO(handle)
 
 
 def read_plain(path: Path, most: int, end: bool = False) -> bytes:

@@ -79,7 +79,8 @@ class RunFolder:
             self._config, self._config_at = {}, (-1, -1, -1)
             return self._config
         try:
-            read = parse_yaml(content.decode("utf-8"))
+            text = content.decode("utf-8")
+            read = None if _merges(text) else parse_yaml(text)
         except (ValueError, TypeError, yaml.YAMLError, HeadraceError, RecursionError):
             read = None  # and not tried again before the file changes
         self._config = read if isinstance(read, dict) else {}
@@ -167,3 +168,21 @@ class RunFolder:
         last = series.values[-SPEED_OVER:]
         last = last[np.isfinite(last)]
         return float(np.median(last)) if len(last) else None
+
+
+def _merges(text: str) -> bool:
+    """Whether a YAML text has merge keys (`<<`). Runs write none, and ten lines of them, each merging the one before
+    ten times, are 10¹⁰ values when they are read. Raises yaml.YAMLError."""
+    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                return True
+            waiting += [part for pair in node.value for part in pair]
+        else:
+            waiting += node.value
+    return False

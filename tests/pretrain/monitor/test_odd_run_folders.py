@@ -252,3 +252,14 @@ def test_odd_events_are_shown_as_far_as_they_go(tmp_path: Path) -> None:
     folder.update()
     assert folder.journal.damage == ""
     assert views.events(folder, -1, [])["undone"] == [1]
+
+
+def test_merge_keys_in_a_configuration_are_not_multiplied_out(tmp_path: Path) -> None:
+    folder = odd_folder(tmp_path, "run")
+    text = "train: {steps: 7}\nx0: &x0 {a: 1}\n"
+    for level in range(1, 4):
+        text += f"x{level}: &x{level} {{<<: [{', '.join([f'*x{level - 1}'] * 9)}]}}\n"
+    (folder / "config.yaml").write_text(text)
+    assert RunFolder("run", folder).config() == {}
+    (folder / "config.yaml").write_text('train: {steps: 7}\nnote: "<<"\nlist: &a [1]\nagain: *a\n')
+    assert RunFolder("run", folder).setting("train", "steps") == 7
