@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from headrace.errors import ConfigError
 from pretrain.metrics import Record, read_records
+from pretrain.metrics.jsonl import plain
 from pretrain.metrics.registry import has_scores, is_evaluation
 from pretrain.picture import COLOURS, LINE_STYLES, picture
 
@@ -107,8 +108,8 @@ class Summary:
     """The journal says that the run reached its last step."""
 
     def to_json(self) -> str:
-        """The summary as a JSON object."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        """The summary as a JSON object; numbers that are not finite stand as in `metrics.jsonl`, "NaN"."""
+        return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def load_run(folder: str | Path) -> RunData:

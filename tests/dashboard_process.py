@@ -1,6 +1,7 @@
 """A dashboard in a process of its own, and a stored small run for it to show."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import child_process
 import pytest
@@ -16,6 +18,8 @@ from data_scheduler.journal import Journal
 from pretrain.metrics.jsonl import JsonlSink
 
 TOKEN = "a-token-for-tests-0123456789"
+PATIENCE_S = 60
+"""A request that is held up, by a named pipe for one, ends as a failure."""
 
 
 @contextlib.contextmanager
@@ -42,6 +46,17 @@ def dashboard(root: Path, token: str, work: Path) -> Iterator[str]:
     finally:
         os.kill(pid, signal.SIGTERM)
         child_process.wait(pid, 30)
+
+
+def get(url: str, path: str) -> Any:
+    """The JSON that a dashboard without a token answers."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_S)
+    connection.request("GET", path)
+    reply = connection.getresponse()
+    content = reply.read()
+    connection.close()
+    assert reply.status == 200, content
+    return json.loads(content)
 
 
 def stored_run(folder: Path, steps: int = 40, sources: tuple[str, ...] = ("code", "prose"), **more: Any) -> Path:

@@ -41,6 +41,7 @@ from pretrain.monitor import views
 from pretrain.monitor.access import COOKIE, Access
 from pretrain.monitor.batch_documents import documents
 from pretrain.monitor.live import News
+from pretrain.monitor.run_files import readable
 from pretrain.monitor.run_folder import RunFolder
 from pretrain.monitor.runs import Runs
 from pretrain.monitor.source_epochs import epochs
@@ -86,35 +87,54 @@ class Dashboard:
             if key in self._answers:
                 self._answers.move_to_end(key)
                 return self._answers[key]
-        answer = orjson.dumps(view(run))
+        answer = self.now(request, view, run)
         with self._lock:
             self._answers[key] = answer
             while len(self._answers) > KEPT_ANSWERS:
                 self._answers.popitem(last=False)
         return answer
 
+    def now(self, request: Request, view: Callable[[RunFolder], Any], run: RunFolder | None = None) -> bytes:
+        """The view's answer as things are: of views that look at more than what a run's version speaks of."""
+        return orjson.dumps(view(run or self.run(request)))
+
     def all_runs(self) -> bytes:
         """The list of runs, the newest first."""
         found = list(self.runs.all().values())
         budget = max(0.01, 0.5 / max(1, len(found)))  # a folder of long runs is read over several calls
-        for run in found:
-            run.update(budget)
-        rows = [views.listed(run) for run in found]
-        return orjson.dumps(
-            {"runs": sorted(rows, key=lambda row: -(row["modified"] or 0)), "root": self.runs.root.name}
-        )
+        rows = [_row(run, budget) for run in found]
+        rows.sort(key=lambda row: row[0], reverse=True)
+        return orjson.dumps({"runs": [orjson.Fragment(row) for _, row in rows], "root": readable(self.runs.root.name)})
 
     def _look(self, topic: str) -> dict[str, Any]:
         if not topic:
             found = self.runs.all()
-            for run in found.values():
-                run.update(0.05)
-            return {"versions": {name: run.version for name, run in found.items()}}
+            # A state follows from the clock, too: a killed run writes nothing any more.
+            return {"runs": {name: _told(run, 0.05, "version", "status", "damage") for name, run in found.items()}}
         run = self.runs.get(topic)
         if run is None:
             return {"gone": True}
-        run.update()
-        return run.summary()
+        return _told(run, 0.3)
+
+
+def _row(run: RunFolder, budget_s: float) -> tuple[float, bytes]:
+    """When a run has last written, and its row of the list; a run that fails has a row that says so."""
+    try:
+        run.update(budget_s)
+        row = views.listed(run)
+        return float(row["modified"] or 0), orjson.dumps(row)
+    except Exception as error:  # its files may be anybody's, and the other runs are to be seen all the same
+        return 0.0, orjson.dumps(run.failed(error) | {"spark": []})
+
+
+def _told(run: RunFolder, budget_s: float, *keys: str) -> dict[str, Any]:
+    """News of a run: its summary, or those keys of it."""
+    try:
+        run.update(budget_s)
+        summary = run.summary()
+    except Exception as error:  # as in _row
+        summary = run.failed(error)
+    return {key: summary[key] for key in keys} if keys else summary
 
 
 def make_app(runs: Runs, token: str = "") -> Access:
@@ -126,9 +146,10 @@ def make_app(runs: Runs, token: str = "") -> Access:
         content, kind = files[request.url.path]
         return Response(content, media_type=kind)
 
-    def answering(view: Callable[[RunFolder, Request], Any]) -> Callable[[Request], Any]:
+    def answering(view: Callable[[RunFolder, Request], Any], *, kept: bool = True) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
-            return _json(await run_in_threadpool(dashboard.once, request, lambda run: view(run, request)))
+            ask_for = dashboard.once if kept else dashboard.now
+            return _json(await run_in_threadpool(ask_for, request, lambda run: view(run, request)))
 
         return answer
 
@@ -177,15 +198,15 @@ def make_app(runs: Runs, token: str = "") -> Access:
         Route("/api/session", session),
         Route("/api/login", login, methods=["POST"]),
         Route("/api/runs", all_runs),
-        Route("/api/run", answering(lambda run, _: views.detail(run))),
+        Route("/api/run", answering(lambda run, _: views.detail(run), kept=False)),
         Route("/api/series", answering(_series)),
         Route("/api/events", answering(_events)),
         Route(
             "/api/mixture", answering(lambda run, request: views.mixture(run, _whole(request, "width", 300, WIDEST)))
         ),
         Route("/api/heatmap", answering(_heat_map)),
-        Route("/api/sources", answering(lambda run, _: {"rejects": views.rejects(run), "epochs": epochs(run)})),
-        Route("/api/system", answering(lambda run, _: starts_and_checkpoints(run))),
+        Route("/api/sources", answering(_sources, kept=False)),
+        Route("/api/system", answering(lambda run, _: starts_and_checkpoints(run), kept=False)),
         Route("/api/batch", batch),
         Route("/api/news", news),
         Route("/api/command", command, methods=["POST"]),
@@ -206,6 +227,10 @@ def _events(run: RunFolder, request: Request) -> Any:
     return views.events(run, _whole(request, "after", -1, 2**53, least=-1), request.query_params.getlist("kind"))
 
 
+def _sources(run: RunFolder, _: Request) -> Any:
+    return {"rejects": views.rejects(run), "epochs": epochs(run)}
+
+
 def _heat_map(run: RunFolder, request: Request) -> Any:
     metric = request.query_params.get("metric", "")
     layers = views.detail(run)["layers"].get(metric, [])
@@ -218,7 +243,7 @@ def _batch(dashboard: Dashboard, request: Request) -> bytes:
     if step >= done:
         raise HTTPException(400, f"step {step} has not been trained; {done} steps are done")
     try:
-        found = documents(run.path, step, len(run.journal.events))
+        found = documents(run.path, step, run.journal.version)
     except HeadraceError as error:
         raise HTTPException(409, str(error)) from None
     except OSError as error:

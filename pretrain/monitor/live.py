@@ -4,6 +4,7 @@ Files are looked at once a second for all viewers together, and only those of ru
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
@@ -14,6 +15,9 @@ LOOK_S: Final = 1.0
 ALIVE_S: Final = 15.0
 """After so long without news a comment is sent: whoever has gone is then noticed."""
 MOST_VIEWERS: Final = 500
+MOST_REPORTS: Final = 100
+"""Failures that are written to the log."""
+_log = logging.getLogger(__name__)
 
 
 class News:
@@ -24,6 +28,7 @@ class News:
         self._look = look
         self._listeners: dict[str, set[asyncio.Queue[bytes]]] = {}
         self._told: dict[str, bytes] = {}
+        self._reported: set[tuple[str, type[Exception]]] = set()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -55,8 +60,11 @@ class News:
     async def _tell(self) -> None:
         while self._listeners:
             for topic in list(self._listeners):
-                found = await asyncio.to_thread(self._look, topic)
-                message = b"data: " + orjson.dumps(found) + b"\n\n"
+                try:
+                    message = b"data: " + orjson.dumps(await asyncio.to_thread(self._look, topic)) + b"\n\n"
+                except Exception as error:  # one topic's trouble must not end the news of the others
+                    self._report(topic, error)
+                    continue
                 if self._told.get(topic) == message:
                     continue
                 if topic in self._listeners:
@@ -66,3 +74,9 @@ class News:
                         queue.get_nowait()
                     queue.put_nowait(message)
             await asyncio.sleep(LOOK_S)
+
+    def _report(self, topic: str, error: Exception) -> None:
+        """Say what failed in the dashboard's log, once for each topic and kind of error."""
+        if (topic, type(error)) not in self._reported and len(self._reported) < MOST_REPORTS:
+            self._reported.add((topic, type(error)))
+            _log.error("news of %r failed", topic or "all runs", exc_info=error)

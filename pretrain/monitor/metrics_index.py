@@ -9,7 +9,6 @@ import math
 import os
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from pretrain.monitor.run_files import mark_before, open_plain
+
 Floats = npt.NDArray[np.float64]
 
 MOST_SERIES: Final = 5000
@@ -25,8 +26,6 @@ MOST_SERIES: Final = 5000
 LONGEST_NAME: Final = 200
 BLOCK: Final = 4 << 20
 """Bytes read at once; a line that is longer is no record."""
-MARK: Final = 4096
-"""Bytes before the reading place that say whether the file is still the one that was read."""
 _NOT_FINITE: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 KINDS: Final = ("train", "val")
 
@@ -37,6 +36,7 @@ class Column:
     def __init__(self, dtype: type[Any], values: npt.NDArray[Any] | None = None) -> None:
         self._array: npt.NDArray[Any] = np.empty(1024, dtype) if values is None else values
         self._length = 0 if values is None else len(values)
+        self._shown = self._array[: self._length]
 
     def extend(self, values: list[Any]) -> None:
         """Append."""
@@ -47,10 +47,11 @@ class Column:
             self._array = grown
         self._array[self._length : end] = values
         self._length = end
+        self._shown = self._array[:end]
 
     def view(self) -> npt.NDArray[Any]:
         """What there is; later appends do not change it."""
-        return self._array[: self._length]
+        return self._shown
 
 
 class Series(NamedTuple):
@@ -60,6 +61,19 @@ class Series(NamedTuple):
     values: npt.NDArray[np.float32]
 
 
+class Columns(NamedTuple):
+    """What a table showed at one moment: every row of a series is one of `step` and `tokens`, whatever comes later."""
+
+    step: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    """-1 where the record has none."""
+    values: dict[str, Series]
+
+    def series(self, name: str) -> Series | None:
+        """The series of that name."""
+        return self.values.get(name)
+
+
 class Table:
     """The records of one kind: `train` (a training step's) or `val` (an evaluation's, or scores of tasks)."""
 
@@ -67,6 +81,8 @@ class Table:
         self.step, self.tokens = Column(np.int64), Column(np.int64)
         self.rows: dict[str, Column] = {}
         self.values: dict[str, Column] = {}
+        self.shown = Columns(self.step.view(), self.tokens.view(), {})
+        """What readers see, of every thread: `flush` puts another in its place and never changes this one."""
         self._pending: dict[str, tuple[list[int], list[float]]] = {}
         self._steps: list[int] = []
         self._tokens: list[int] = []
@@ -89,29 +105,32 @@ class Table:
 
     def flush(self) -> None:
         """Let readers see what was added."""
+        shown = dict(self.shown.values)
         for name, (rows, values) in self._pending.items():
             if rows:
                 self.rows.setdefault(name, Column(np.uint32)).extend(rows)
                 with np.errstate(over="ignore"):
                     self.values.setdefault(name, Column(np.float32)).extend(values)
+                shown[name] = Series(self.rows[name].view(), self.values[name].view())
                 rows.clear()
                 values.clear()
         self.step.extend(self._steps)
         self.tokens.extend(self._tokens)
         self._steps.clear()
         self._tokens.clear()
+        self.shown = Columns(self.step.view(), self.tokens.view(), shown)
 
     def series(self, name: str) -> Series | None:
         """The series of that name."""
-        if name not in self.values:
-            return None
-        return Series(self.rows[name].view(), self.values[name].view())
+        return self.shown.series(name)
 
     def restore(self, step: Column, tokens: Column, series: dict[str, tuple[Column, Column]]) -> None:
         """Take over columns that were kept."""
         self.step, self.tokens, self._count = step, tokens, len(step.view())
         self.rows = {name: rows for name, (rows, _) in series.items()}
         self.values = {name: values for name, (_, values) in series.items()}
+        shown = {name: Series(rows.view(), values.view()) for name, (rows, values) in series.items()}
+        self.shown = Columns(step.view(), tokens.view(), shown)
 
 
 class MetricsIndex:
@@ -126,8 +145,9 @@ class MetricsIndex:
         self.offset = 0
         self.size = 0
         self.modified = 0.0
+        self.problem = ""
+        """Why the file cannot be read, though there is one; empty: it can."""
         self._mark = b""
-        self._inode = -1
         self.start_again()
 
     @property
@@ -155,27 +175,28 @@ class MetricsIndex:
         with self.lock:
             until = time.monotonic() + budget_s
             try:
-                with self.path.open("rb", buffering=0) as file:
+                with open_plain(self.path) as file:
                     self._check_is_same(file)
                     while self._read_block(file) and time.monotonic() < until:
                         pass
+                self.problem = ""
             except FileNotFoundError:
                 if self.offset:
                     self.start_again()
-                self.size = 0
+                self.size, self.problem = 0, ""
+            except OSError as error:  # a folder, a link, another user's
+                self.problem = error.strerror or type(error).__name__
 
     def mark(self) -> bytes:
         """CRC-32 of the bytes before the reading place, as they were when read."""
         return self._mark
 
     def _check_is_same(self, file: Any) -> None:
-        """Start again when the file is not the one that was read so far."""
+        """Start again when the file is not the one that was read so far. Its inode does not say: one that was
+        removed often leaves it to the next."""
         found = os.fstat(file.fileno())
         self.size, self.modified = found.st_size, found.st_mtime
-        if found.st_ino == self._inode and found.st_size >= self.offset:
-            return
-        self._inode = found.st_ino
-        if self.offset and (found.st_size < self.offset or _mark(file, self.offset) != self._mark):
+        if self.offset and (found.st_size < self.offset or mark_before(file, self.offset) != self._mark):
             self.start_again()
 
     def _read_block(self, file: Any) -> bool:
@@ -193,7 +214,7 @@ class MetricsIndex:
         for table in self.tables.values():
             table.flush()
         self.offset += end
-        self._mark = _mark(file, self.offset)
+        self._mark = mark_before(file, self.offset)
         return self._more
 
     def _take(self, line: bytes) -> None:
@@ -224,9 +245,3 @@ def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
                     yield f"{key}/{inner}"[:LONGEST_NAME], _NOT_FINITE[number]
         elif value.__class__ is str and value in _NOT_FINITE:
             yield key[:LONGEST_NAME], _NOT_FINITE[value]
-
-
-def _mark(file: Any, offset: int) -> bytes:
-    begin = max(0, offset - MARK)
-    file.seek(begin)
-    return zlib.crc32(file.read(offset - begin)).to_bytes(4, "big")

@@ -1,5 +1,6 @@
 """One run as the dashboard sees it: its metrics, its journal, its configuration, and what they say about how it is."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,9 +14,13 @@ from headrace.yaml_file import parse_yaml
 from pretrain.monitor.index_cache import keep, restore
 from pretrain.monitor.journal_tail import JournalTail
 from pretrain.monitor.metrics_index import MetricsIndex
+from pretrain.monitor.run_files import open_plain, readable
 
 LARGEST_CONFIG: Final = 4 << 20
 """Bytes of a `config.yaml` that are read."""
+LONGEST_TITLE: Final = 200
+MOST_STEPS: Final = 1 << 53
+"""Larger numbers are not exact in a browser."""
 SPEED_OVER: Final = 20
 """Records whose median is the speed."""
 SILENT_S: Final = 60.0
@@ -32,7 +37,7 @@ class RunFolder:
         self.spark: tuple[str, list[float]] = ("", [])
         """The small curve in the list of runs, and the version it was drawn for."""
         self._config: dict[str, Any] = {}
-        self._config_at = -1.0
+        self._config_at = (-1, -1, -1)
         self._lock = threading.Lock()
         self._restored = False
         self._kept = 0
@@ -54,7 +59,7 @@ class RunFolder:
     def version(self) -> str:
         """Changes when there is something new to see."""
         generation, offset = self.metrics.version
-        return f"{generation}.{offset}.{len(self.journal.events)}"
+        return f"{generation}.{offset}.{self.journal.version}"
 
     @property
     def indexed(self) -> float:
@@ -63,15 +68,23 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """`config.yaml` as plain data; empty when there is none that can be read."""
-        path = self.path / "config.yaml"
         try:
-            found = path.stat()
-            if found.st_mtime != self._config_at and found.st_size <= LARGEST_CONFIG:
-                read = parse_yaml(path.read_text(encoding="utf-8"))
-                self._config = read if isinstance(read, dict) else {}
-                self._config_at = found.st_mtime
-        except (OSError, ValueError, yaml.YAMLError, HeadraceError, RecursionError):
-            self._config = {}
+            with open_plain(self.path / "config.yaml") as file:
+                found = os.fstat(file.fileno())
+                at = (found.st_ino, found.st_mtime_ns, found.st_size)
+                if at == self._config_at:
+                    return self._config
+                content = file.read(LARGEST_CONFIG) if found.st_size <= LARGEST_CONFIG else b""
+        except OSError:
+            self._config, self._config_at = {}, (-1, -1, -1)
+            return self._config
+        try:
+            text = content.decode("utf-8")
+            read = None if _merges(text) else parse_yaml(text)
+        except (ValueError, TypeError, yaml.YAMLError, HeadraceError, RecursionError):
+            read = None  # and not tried again before the file changes
+        self._config = read if isinstance(read, dict) else {}
+        self._config_at = at
         return self._config
 
     def setting(self, section: str, key: str) -> Any:
@@ -81,18 +94,20 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any]:
         """What the list of runs shows."""
-        train = self.metrics.tables["train"]
-        steps = train.step.view()
+        train = self.metrics.tables["train"].shown
+        steps = train.step
         done = int(steps[-1]) + 1 if len(steps) else 0
         total = self.setting("train", "steps")
-        total = total if isinstance(total, int) and not isinstance(total, bool) else None
+        total = total if type(total) is int and 0 < total < MOST_STEPS else None
         speed, step_s = self._recent("tokens_per_s"), self._recent("step_s")
         status = self._status(done, total, step_s)
         left = (total - done) * step_s if total and step_s and status == "training" else None
-        tokens = train.tokens.view()
+        tokens = train.tokens
+        title = self.setting("run", "name")
         return {
             "run": self.name,
-            "title": str(self.setting("run", "name") or "") or self.path.name,
+            # Only text: what a nest of aliases in YAML would be as text has no end.
+            "title": readable((title if isinstance(title, str) and title else self.path.name)[:LONGEST_TITLE]),
             "status": status,
             "step": done,
             "steps": total,
@@ -102,9 +117,33 @@ class RunFolder:
             "left_s": left,
             "modified": self.metrics.modified or None,
             "indexed": self.indexed,
-            "damage": self.journal.damage,
+            "damage": self._damage(),
             "version": self.version,
         }
+
+    def failed(self, error: Exception) -> dict[str, Any]:
+        """What the list shows of a run that cannot be shown: nobody else's run may go with it."""
+        return {
+            "run": self.name,
+            "title": self.name,
+            "status": "damaged",
+            "step": 0,
+            "steps": None,
+            "tokens": None,
+            "loss": None,
+            "tokens_per_s": None,
+            "left_s": None,
+            "modified": None,
+            "indexed": 1.0,
+            "damage": f"this run's files cannot be shown ({type(error).__name__})",
+            "version": "damaged",
+        }
+
+    def _damage(self) -> str:
+        """What is wrong with the run's files, in one line; empty: nothing."""
+        unread = {"metrics.jsonl": self.metrics.problem, "journal.jsonl": self.journal.problem}
+        lines = [f"{name} cannot be read: {why}" for name, why in unread.items() if why]
+        return "; ".join([*lines, *filter(None, [self.journal.damage])])
 
     def _status(self, done: int, total: int | None, step_s: float | None) -> str:
         events = self.journal.events
@@ -129,3 +168,21 @@ class RunFolder:
         last = series.values[-SPEED_OVER:]
         last = last[np.isfinite(last)]
         return float(np.median(last)) if len(last) else None
+
+
+def _merges(text: str) -> bool:
+    """Whether a YAML text has merge keys (`<<`). Runs write none, and ten lines of them, each merging the one before
+    ten times, are 10¹⁰ values when they are read. Raises yaml.YAMLError."""
+    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                return True
+            waiting += [part for pair in node.value for part in pair]
+        else:
+            waiting += node.value
+    return False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from headrace.errors import ConfigError
+from pretrain.monitor.run_files import is_plain, readable
 from pretrain.monitor.run_folder import RunFolder
 
 DEPTH: Final = 4
@@ -51,10 +52,13 @@ class Runs:
         waiting = [(self.root, 0)]
         while waiting and len(found) < MOST_RUNS:
             folder, depth = waiting.pop(0)
-            if any((folder / mark).is_file() for mark in _MARKS):
+            if any(is_plain(folder / mark) for mark in _MARKS):
                 name = str(folder.relative_to(self.root)) if folder != self.root else folder.name
-                name = name.encode("utf-8", "replace").decode()
-                found[name] = self._found.get(name) or RunFolder(name, folder)
+                name = readable(name)
+                while name in found:  # two folders' names can read the same
+                    name += "+"
+                before = self._found.get(name)
+                found[name] = before if before is not None and before.path == folder else RunFolder(name, folder)
             elif depth < DEPTH:
                 try:
                     # No links: what is outside the folder stays outside.

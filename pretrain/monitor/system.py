@@ -4,9 +4,11 @@ from typing import Any, Final
 
 import orjson
 
+from pretrain.monitor.run_files import read_plain
 from pretrain.monitor.run_folder import RunFolder
 
 MOST_BYTES: Final = 4 << 20
+"""The end of `attempts.jsonl` that is read."""
 MOST_ROWS: Final = 200
 
 
@@ -34,8 +36,7 @@ def _entries(run: RunFolder) -> list[Any]:
 
 def _attempts(run: RunFolder) -> list[dict[str, Any]]:
     try:
-        with (run.path / "launch" / "attempts.jsonl").open("rb") as file:
-            lines = file.read(MOST_BYTES).splitlines()
+        lines = read_plain(run.path / "launch" / "attempts.jsonl", MOST_BYTES, end=True).splitlines()
     except OSError:
         return []
     found = []

@@ -9,8 +9,9 @@ import orjson
 from pretrain.metrics.registry import METRICS
 from pretrain.monitor.downsample import Floats, bucket_means, downsample, not_finite, smooth
 from pretrain.monitor.journal_tail import shown
-from pretrain.monitor.metrics_index import Series, Table
-from pretrain.monitor.run_folder import RunFolder
+from pretrain.monitor.metrics_index import Columns, Series
+from pretrain.monitor.run_files import read_plain, readable
+from pretrain.monitor.run_folder import MOST_STEPS, RunFolder
 
 BY_LAYER: Final = frozenset(metric.name for metric in METRICS if metric.label == "layer")
 SPARK_POINTS: Final = 60
@@ -25,7 +26,7 @@ QUIET_KINDS: Final = ("mixture", "proposed", "policy_input", "manifest", "reject
 def listed(run: RunFolder) -> dict[str, Any]:
     """A row of the list of runs."""
     if run.spark[0] != run.version:
-        x, y = _points(run.metrics.tables["train"], "loss", "step")
+        x, y = _points(_shown(run, "train"), "loss", "step")
         drawn = downsample(x, y, SPARK_POINTS // 2)[1]
         run.spark = (run.version, [round(value, 4) for value in drawn.tolist()])
     return run.summary() | {"spark": run.spark[1]}
@@ -33,29 +34,32 @@ def listed(run: RunFolder) -> dict[str, Any]:
 
 def detail(run: RunFolder) -> dict[str, Any]:
     """A run, the names of its series, and its sources."""
-    train, val = run.metrics.tables["train"], run.metrics.tables["val"]
+    train, val = _shown(run, "train"), _shown(run, "val")
     names = [*train.values, *val.values]
     sources = {name.partition("/")[2]: None for name in names if name.startswith(("source_", "val_loss/"))}
     configured = run.setting("data", "sources")
     for source in configured if isinstance(configured, list) else []:
         if isinstance(source, dict) and isinstance(source.get("name"), str):
-            sources.setdefault(source["name"], None)
+            sources.setdefault(readable(source["name"]), None)
     layers: dict[str, list[str]] = {}
     for name in train.values:
         metric, slash, layer = name.partition("/")
         if slash and metric in BY_LAYER:
             layers.setdefault(metric, []).append(layer)
-    plan = run.journal.plan
-    done = run.summary()["step"]
-    return run.summary() | {
-        "series": names,
-        "sources": list(sources),
-        "layers": {metric: sorted(found, key=_layer_order) for metric, found in layers.items()},
-        "mixture": run.journal.asked(done),
-        "decided_by": "person" if plan.person_decides(done) else f"policy:{plan.chosen(done).kind}",
-        "lr_scale": plan.settings["lr_scale"].at(done) or 1.0,
-        "dynamics_every": _inner(run.setting("metrics", "dynamics"), "every") or 0,
-    }
+    summary = run.summary()
+    done = summary["step"]
+    every = _inner(run.setting("metrics", "dynamics"), "every")
+    return (
+        summary
+        | {
+            "series": names,
+            "sources": list(sources),
+            "layers": {metric: sorted(found, key=_layer_order) for metric, found in layers.items()},
+            "mixture": run.journal.asked(done),
+            "dynamics_every": every if type(every) is int and 0 < every < MOST_STEPS else 0,
+        }
+        | run.journal.decided(done)
+    )
 
 
 def series(
@@ -64,12 +68,13 @@ def series(
     """Points of each of the named series between `begin` and `end` on the axis (`step`, `tokens`), at most two a pixel;
     smoothed over `window` records where it is more than one."""
     found = {}
+    train, val = _shown(run, "train"), _shown(run, "val")
     for name in names:
-        table = run.metrics.tables["val" if name.startswith(("val_", "eval/")) else "train"]
-        x, y = _points(table, name, axis, run.metrics.tables["train"])
+        table = val if name.startswith(("val_", "eval/")) else train
+        x, y = _points(table, name, axis, train)
         if not len(x):
             continue
-        smoothed = smooth(y, window) if table is run.metrics.tables["train"] else y
+        smoothed = smooth(y, window) if table is train else y
         # One point more on each side, so that lines go on to the edges.
         first, last = max(0, int(np.searchsorted(x, begin)) - 1), int(np.searchsorted(x, end, side="right")) + 1
         shown_x, shown_y = downsample(x[first:last], smoothed[first:last], width)
@@ -85,20 +90,20 @@ def events(run: RunFolder, after: int, kinds: list[str]) -> dict[str, Any]:
         for event in run.journal.events[max(0, after + 1) :]
         if event.by.startswith("user:") or (event.kind in kinds if kinds else event.kind not in QUIET_KINDS)
     ]
-    undone = sorted({event.data.get("event") for event in run.journal.events if event.kind == "undone"} - {None})
+    undone = [event.data.get("event") for event in run.journal.events if event.kind == "undone"]
     tokens = _tokens_of_steps(run)
     return {
         "events": [shown(event) | {"tokens": tokens(event.step)} for event in wanted[-MOST_EVENTS:]],
         "left_out": max(0, len(wanted) - MOST_EVENTS),
-        "undone": undone,
+        "undone": sorted({number for number in undone if type(number) is int}),
         "damage": run.journal.damage,
     }
 
 
 def mixture(run: RunFolder, width: int) -> dict[str, Any]:
     """Shares asked for and realised over tokens, in `width` buckets: float[width] per source."""
-    train = run.metrics.tables["train"]
-    tokens, steps = train.tokens.view().astype(np.float64), train.step.view()
+    train = _shown(run, "train")
+    tokens, steps = train.tokens.astype(np.float64), train.step
     names = [name.partition("/")[2] for name in train.values if name.startswith("source_tokens/")]
     if not len(steps) or not names:
         return {"x": [], "step": [], "asked": {}, "realised": {}, "tokens": {}}
@@ -126,7 +131,7 @@ def mixture(run: RunFolder, width: int) -> dict[str, Any]:
 
 def heat_map(run: RunFolder, metric: str, layers: list[str], axis: str, width: int) -> dict[str, Any]:
     """Mean of a metric of each layer in buckets of the axis: float[layers][width], null where nothing was measured."""
-    train = run.metrics.tables["train"]
+    train = _shown(run, "train")
     every = [(layer, *_points(train, f"{metric}/{layer}", axis)) for layer in layers]
     every = [(layer, x, y) for layer, x, y in every if len(x)]
     if not every:
@@ -147,10 +152,8 @@ def rejects(run: RunFolder) -> dict[str, Any]:
     counts: Counter[tuple[str, str]] = Counter()
     newest: list[dict[str, str]] = []
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            file.seek(max(0, size - MOST_REJECT_BYTES))
-            lines = file.read(MOST_REJECT_BYTES).split(b"\n")[int(size > MOST_REJECT_BYTES) :]
+        size = path.lstat().st_size
+        lines = read_plain(path, MOST_REJECT_BYTES, end=True).split(b"\n")
     except OSError:
         lines, size = [], 0
     for line in lines:
@@ -168,15 +171,20 @@ def rejects(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _points(table: Table, name: str, axis: str, train: Table | None = None) -> tuple[Floats, Floats]:
+def _shown(run: RunFolder, kind: str) -> Columns:
+    """The records of a kind as they are now; taken once, an answer is of one moment while the run goes on."""
+    return run.metrics.tables[kind].shown
+
+
+def _points(table: Columns, name: str, axis: str, train: Columns | None = None) -> tuple[Floats, Floats]:
     """A series on an axis; evaluations, which have no tokens of their own, get those of the training step before."""
     found: Series | None = table.series(name)
     if found is None:
         return np.empty(0), np.empty(0)
-    steps = table.step.view()[found.rows]
+    steps = table.step[found.rows]
     x = steps.astype(np.float64)
     if axis == "tokens":
-        x = table.tokens.view()[found.rows].astype(np.float64)
+        x = table.tokens[found.rows].astype(np.float64)
         if train is not None and table is not train:
             x = _tokens_after(train, steps)
     y = found.values.astype(np.float64)
@@ -186,9 +194,9 @@ def _points(table: Table, name: str, axis: str, train: Table | None = None) -> t
     return x, y
 
 
-def _tokens_after(train: Table, steps: Any) -> Floats:
+def _tokens_after(train: Columns, steps: Any) -> Floats:
     """Tokens trained on when so many steps are done."""
-    done, tokens = train.step.view() + 1, train.tokens.view()
+    done, tokens = train.step + 1, train.tokens
     if not len(done):
         return np.zeros(len(steps))
     where = np.searchsorted(done, steps, side="right") - 1
@@ -196,7 +204,7 @@ def _tokens_after(train: Table, steps: Any) -> Floats:
 
 
 def _tokens_of_steps(run: RunFolder) -> Any:
-    train = run.metrics.tables["train"]
+    train = _shown(run, "train")
     return lambda step: float(_tokens_after(train, np.array([step]))[0])
 
 

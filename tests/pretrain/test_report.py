@@ -172,6 +172,17 @@ def test_many_sources_and_many_steps(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_numbers_that_are_not_finite_are_valid_json(tmp_path: Path) -> None:
+    records = [record(step, math.nan if step else math.inf, step_s=1.0) for step in range(3)]
+    text = summarise(load_run(write(tmp_path / "run", records))).to_json()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    found = json.loads(text, parse_constant=refuse)
+    assert (found["first_loss"], found["last_loss"]) == ("Infinity", "NaN")
+
+
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     from typer import Typer
     from typer.testing import CliRunner

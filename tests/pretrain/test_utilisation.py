@@ -16,6 +16,8 @@ from pretrain.utilisation import Utilisation, peak_flops
     ("device", "peak"),
     [
         ("8 × NVIDIA H200", 989e12),
+        ("4 × NVIDIA H200 NVL", 835e12),
+        ("1 × NVIDIA GH200 480GB", 989e12),
         ("1 × NVIDIA H100 PCIe", 756e12),
         ("8 × NVIDIA H100 80GB HBM3", 989e12),
         ("4 × NVIDIA A100-SXM4-80GB", 312e12),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pretrain.metrics.jsonl import JsonlSink
-from pretrain.monitor import index_cache, metrics_index
-from pretrain.monitor.metrics_index import MetricsIndex
+from pretrain.monitor import index_cache, metrics_index, views
+from pretrain.monitor.metrics_index import Column, MetricsIndex
+from pretrain.monitor.run_folder import RunFolder
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -60,6 +61,47 @@ def test_a_resumed_run_shows_no_step_twice(path: Path) -> None:
     sink = JsonlSink.open(path, resume_step=4)  # replaces the file
     sink.write(record(4, loss=0.25))
     assert losses(index) == [5.0, 4.0, 3.0, 2.0, 0.25]
+
+
+def test_a_file_that_is_begun_anew_under_the_same_inode_is_read_anew(path: Path) -> None:
+    index = MetricsIndex(path)
+    path.write_text("".join(json.dumps(record(step)) + "\n" for step in range(3)))
+    assert losses(index) == [5.0, 4.0, 3.0]
+    inode = path.stat().st_ino
+    path.write_text("".join(json.dumps(record(step, loss=7.0)) + "\n" for step in range(5)))
+    assert path.stat().st_ino == inode
+    assert losses(index) == [7.0] * 5
+    assert index.generation == 2
+
+
+def test_readers_see_whole_records_only_while_others_are_put_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder("run", path.parent)
+    with path.open("w") as file:
+        for step in range(5):
+            file.write(json.dumps(record(step, source_tokens={"code": 10})) + "\n")
+    run.update()
+    names = set(run.metrics.tables["train"].shown.values)
+    extend, seen = Column.extend, []
+
+    def looking(self: Column, values: list[Any]) -> None:
+        extend(self, values)
+        mixture = views.mixture(run, 10)
+        found = views.series(run, ["loss", "source_loss/code"], "tokens", 0, 1e9, 100, 1)["series"]
+        heat = views.heat_map(run, "source_loss", ["code"], "step", 10)
+        detail = views.detail(run)
+        seen.append((mixture["tokens"]["code"], len(found["loss"]["x"]), len(heat["x"]), set(detail["series"])))
+
+    monkeypatch.setattr(Column, "extend", looking)
+    with path.open("a") as file:
+        for step in range(5, 3000):  # the arrays grow
+            file.write(json.dumps(record(step, source_tokens={"code": 10}, **{f"new{step % 7}": 1.0})) + "\n")
+    run.metrics.update()
+    assert len(seen) > 7
+    every = names | {f"new{number}" for number in range(7)}
+    whole = [(50.0, 5, 6, names), (30_000.0, 200, 11, every)]  # before the block, and after it
+    assert all(found in whole for found in seen)
+    assert [found == whole[0] for found in seen[:7]] == [True] * 7
+    assert seen[-1] == whole[1]
 
 
 def test_what_is_not_a_number_is_kept_as_such_and_nonsense_is_passed_over(path: Path) -> None:

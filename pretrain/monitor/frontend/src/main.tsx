@@ -120,7 +120,7 @@ function RunFrame({ run, page, control }: { run: string; page: PageName; control
         </div>
         {lost && <p class="error" role="status">No connection to the dashboard; trying again …</p>}
         {shown && shown.indexed < 1 && <p class="note" role="status">Reading metrics: {Math.floor(100 * shown.indexed)} % …</p>}
-        {shown?.damage && <p class="error" role="alert">journal.jsonl: {shown.damage}</p>}
+        {shown?.damage && <p class="error" role="alert">{shown.damage}</p>}
         {detail.error && !detail.data && <p class="error" role="alert">{detail.error}. <a href="#/">All runs</a></p>}
         {detail.data && page === "run" && <RunPage detail={detail.data} version={version} />}
         {detail.data && page === "data" && <DataPage detail={detail.data} steps={shown?.step ?? detail.data.step} version={version} />}

@@ -5,7 +5,7 @@ import { Answer, Card } from "../parts";
 import { percent, whole } from "../text";
 import { told } from "./run";
 
-const UNDOABLE = ["mixture", "policy", "lr_scale", "eval_every", "stop_at", "paused", "quarantine"];
+const UNDOABLE = ["mixture", "policy", "lr_scale", "eval_every", "stop_at", "quarantine"];
 type Shares = Record<string, number>;
 interface Reply {
   status: string;

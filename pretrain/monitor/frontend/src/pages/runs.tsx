@@ -7,7 +7,7 @@ import { ago, duration, short, whole } from "../text";
 type Row = Summary & { spark: number[] };
 
 export function RunsPage() {
-  const { news, lost } = useNews<{ versions: Record<string, string> }>(null);
+  const { news, lost } = useNews<{ runs: Record<string, Partial<Summary>> }>(null);
   const runs = useAnswer<{ runs: Row[]; root: string }>("runs", {}, JSON.stringify(news));
   const [wanted, setWanted] = useState("");
   return (
@@ -43,6 +43,7 @@ export function RunsPage() {
                       <td>
                         <a href={link("run", row.run)}>{row.run}</a>
                         {row.title !== row.run && !row.run.endsWith(row.title) && <div class="note">{row.title}</div>}
+                        {row.damage && <div class="note warn">{row.damage}</div>}
                       </td>
                       <td>
                         <Status status={row.status} />
