@@ -19,7 +19,7 @@ from pathlib import Path
 from headrace.errors import BusyError
 from parallel import exchange
 
-NAME = ".lock"
+NAME = "log/lock"
 PATIENCE_S = 10.0
 """For a run that was asked to end and still saves while its launcher has started it again."""
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -29,7 +29,7 @@ UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 @contextmanager
 def holding(run_dir: Path, rank: int) -> Iterator[None]:
     """Raises BusyError, on every rank, when another process trains in the folder and goes on doing so."""
-    lock = _Lock(run_dir / NAME)
+    lock = _Lock(run_dir)
     exchange.only_first_rank(lambda: lock.take(PATIENCE_S), rank)
     try:
         yield
@@ -38,8 +38,8 @@ def holding(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 class _Lock:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._path = run_dir, run_dir / NAME
         self._file: int | None = None
 
     def take(self, patience_s: float) -> None:
@@ -51,7 +51,7 @@ class _Lock:
             if time.monotonic() > until:
                 holder = os.read(self._file, 200).decode(errors="replace").strip() or "which did not say who it is"
                 self.release()
-                raise BusyError(f"{self._path.parent}: another process trains in this folder ({holder}); one at a time")
+                raise BusyError(f"{self._run_dir}: another process trains in this folder ({holder}); one at a time")
             time.sleep(0.1)
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
