@@ -47,17 +47,21 @@ def test_masters_agree_with_float64(sizes: list[int], gradient: torch.dtype, see
     mine = case("copy", sizes, gradient, seed, step)
     for low in mine.lows:
         low.fill_(NAN)
-    true = mine.doubled()
+    true, before = mine.doubled(), mine.doubled().weights
     options = {"grad_norm": norm_of(7.0), "max_norm": 0.5 if clip else 0.0, "sums": True}
     sums, true_sums = update(mine, **options), update(true, adamw.reference, **options)
     # 1e-6 of a weight of 1 is 8 of its last places; an update of 1e-2 is exact to 1e-8
-    for tensors in ("weights", "exp_avgs", "exp_avg_sqs"):
+    for tensors in ("exp_avgs", "exp_avg_sqs"):
         for ours, exact in zip(getattr(mine, tensors), getattr(true, tensors), strict=True):
             torch.testing.assert_close(ours.double(), exact, rtol=3e-6, atol=3e-8)
+    for ours, exact, old in zip(mine.weights, true.weights, before, strict=True):
+        # Where the second moment is next to nothing an update is large, and may leave little of a weight.
+        assert ((ours.double() - exact).abs() <= 3e-8 + 3e-6 * (exact.abs() + (exact - old).abs())).all()
     for weight, low in zip(mine.weights, mine.lows, strict=True):
         assert torch.equal(low, weight.bfloat16())
-    # a change is a difference of weights: 1e-8 of rounding beside changes of 1e-3
-    torch.testing.assert_close(sums, true_sums, rtol=1e-3, atol=1e-12)
+    # a change is a difference of weights, each of which is rounded: by 1e-7 of those that are above 1
+    size = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    assert ((sums - true_sums).abs() <= 1e-12 + 1e-3 * true_sums + 4e-7 * (true_sums * size).sqrt()).all()
     torch.testing.assert_close(sums[:, ::2], true_sums[:, ::2], rtol=1e-6, atol=1e-12)
 
 
