@@ -122,6 +122,7 @@ __all__ = [
     "build_module",
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
+    "expert_losses",
     "extract_sharded_tensors_and_factories",
     "finalize_model_grads",
     "gather_from_sequence_parallel_region",
@@ -155,6 +156,8 @@ if _own_adam:
 
 # Without TransformerEngine the router's matrix product asks for this name and fails; with None it uses torch's.
 _moe_utils.te_general_gemm = getattr(_moe_utils, "te_general_gemm", None)
+# What megatron-core notes of balancing losses, and the groups they were summed over; it forgets neither by itself.
+expert_losses = _moe_utils.get_moe_layer_wise_logging_tracker
 
 # Results of a save travel through this queue within one process. megatron's own is a Manager's in a spawned process,
 # which imports the whole program again: 3 s on the first save, and a hang where the program has no __main__ guard.

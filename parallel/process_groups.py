@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from headrace.errors import ConfigError, LayoutError
 from parallel import accelerator
-from parallel.engine import parallel_state, tensor_parallel
+from parallel.engine import expert_losses, parallel_state, tensor_parallel
 from parallel.layout import Layout
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -136,6 +136,7 @@ def shutdown() -> None:
 
 def _forget_groups() -> None:
     parallel_state.destroy_model_parallel()
+    expert_losses().clear()  # megatron-core's notes on routing, which keep groups for good
     # Left behind by the line above (megatron-core 0.16.1); it would keep the group's threads, and the group of the next
     # `initialize` would end them at a moment of its own.
     parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None

@@ -14,7 +14,7 @@ from tiny_run import VOCAB, assert_same_curve, tiny_batch, tiny_config, tiny_sta
 
 from headrace.errors import ConfigError
 from parallel import process_groups
-from parallel.engine import dist_checkpointing
+from parallel.engine import dist_checkpointing, expert_losses
 from parallel.layout import Layout, find_problem
 from pretrain.checkpoint import model_identity, sharded_state
 from pretrain.config import ModelConfig, RunConfig
@@ -62,6 +62,7 @@ def test_a_model_that_was_trained_is_freed(recompute: str) -> None:
     model = trained()
     gc.collect()
     assert model() is None
+    assert expert_losses() == {}  # which would keep the groups of the layout before
 
 
 def test_the_balancing_loss_is_minimised_and_not_reported() -> None:
