@@ -1,5 +1,6 @@
 """`headrace report`: what a run did, as a table and a plot."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +43,7 @@ def _print(summary: "Summary", picture: Path) -> None:
 
     from pretrain.progress import clock_time, short
 
-    console = Console(highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     state = "finished" if summary.finished else "not finished"
     console.print(f"[bold]{escape(summary.run)}[/bold]  {state}")
     facts = Table.grid(padding=(0, 2))
@@ -58,8 +59,8 @@ def _print(summary: "Summary", picture: Path) -> None:
         facts.add_row(name, escape(value))
     console.print(facts)
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("source")
-    for heading in ("tokens", "share", "train loss", "val first", "val last", "val bits/byte", "val fall"):
+    table.add_column("source", min_width=min(24, max((len(source.name) for source in summary.sources), default=6)))
+    for heading in ("tokens", "share", "train loss", "val first", "val last", "val bits per byte", "val fall"):
         table.add_column(heading, justify="right")
     for source in summary.sources:
         table.add_row(
