@@ -417,7 +417,7 @@ METRICS: Final = (
     Metric(
         "eval",
         "gauge",
-        "",
+        "the metric's",
         "what `headrace eval` found, as `task/metric`; of the checkpoint of this step",
         label="task",
         made_by="pretrain.evaluation.results",

@@ -113,7 +113,7 @@ def test_held_out_micro_batches_are_filled_up_to_what_the_schedule_takes(monkeyp
     sequence = np.arange(9), SimpleNamespace(starts=np.array([0], np.int32), weights=None)
     monkeypatch.setattr(evaluate, "_first_sequences", lambda *_: [sequence] * 5)
     config: Any = SimpleNamespace(sources=[SimpleNamespace(name="a", val_paths=["a.txt"])])
-    encoder: Any = None
+    encoder: Any = SimpleNamespace(decode=lambda tokens: "a" * len(tokens), bos_id=None)
     shares = [evaluate.HeldOut(config, encoder, 5, 1, rank, 2, multiple=4).microbatches for rank in range(2)]
     assert [len(share) for share in shares] == [4, 4]
     assert sum(int(microbatch.loss_mask.sum()) for share in shares for microbatch in share) == 5 * 8
