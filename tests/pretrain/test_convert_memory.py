@@ -1,6 +1,7 @@
-"""Conversion streams: in a process of its own it needs at most three times the largest tensor."""
+"""Conversion streams: in a process of its own it needs a few times the largest tensor, however large the model is."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,14 +43,16 @@ print(json.dumps(convert(root / "large", 32768, root / "tokenizer")))
 """
 
 
-def test_peak_memory_is_at_most_three_times_the_largest_tensor(tmp_path: Path) -> None:
+def test_peak_memory_is_a_few_times_the_largest_tensor(tmp_path: Path) -> None:
     from converted_runs import save_tokenizer
 
     save_tokenizer(tmp_path / "tokenizer")
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    # What is freed goes back at once; else memory that was kept from before hides what is needed.
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=exact)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["whole"] > 7 * found["largest"]  # what was held as a whole would show
-    assert found["to_hf"] <= 3 * found["largest"], found
-    assert found["from_hf"] <= 3 * found["largest"], found
+    assert found["to_hf"] <= 2.1 * found["largest"], found
+    assert found["from_hf"] <= 4.1 * found["largest"], found
