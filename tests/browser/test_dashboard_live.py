@@ -47,6 +47,13 @@ def take(page: Any, path: Path) -> None:
     page.screenshot(path=path, full_page=True)
 
 
+def signed_in(page: Any, url: str) -> Any:
+    page.goto(url)
+    page.get_by_label("The dashboard's token").fill(TOKEN)
+    page.get_by_role("button", name="Open").click()
+    return page.get_by_role("link", name="live")
+
+
 @pytest.mark.slow
 def test_a_live_run_is_followed_and_its_mixture_changed(
     new_page: Any, live_run: Path, tmp_path: Path, pictures: Path
@@ -54,10 +61,7 @@ def test_a_live_run_is_followed_and_its_mixture_changed(
     run = live_run / "live"
     with dashboard(live_run, TOKEN, tmp_path) as url:
         page = new_page(1000, 700)
-        page.goto(url)
-        page.get_by_label("The dashboard's token").fill(TOKEN)
-        page.get_by_role("button", name="Open").click()
-        page.get_by_role("link", name="live").click()
+        signed_in(page, url).click()
         page.locator(".headline .status.training").wait_for()
         before = step_shown(page)
         until_step(page, before + 4)  # without a reload
@@ -124,10 +128,7 @@ def test_a_run_that_writes_faster_than_the_server_answers_is_seen(
 ) -> None:
     with dashboard(live_run, TOKEN, tmp_path) as url:
         page = new_page(1000, 700)
-        page.goto(url)
-        page.get_by_label("The dashboard's token").fill(TOKEN)
-        page.get_by_role("button", name="Open").click()
-        page.get_by_role("link", name="live").wait_for()
+        signed_in(page, url).wait_for()
         page.add_init_script(SLOW_ANSWERS)
         page.goto(f"{url}/#/data?run=live")
         page.reload()

@@ -4,27 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from refused_command import refusal
 
 from headrace.errors import ConfigError
-from pretrain import cli
 from pretrain.evaluation.score import import_lm_eval
-
-
-def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    monkeypatch.setattr(sys, "argv", ["headrace", "eval", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1, said
-    return said
 
 
 def test_without_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def said(*arguments: str) -> str:
-        return refused(list(arguments), monkeypatch, capfd)
+        return refusal(["eval", *arguments], monkeypatch, capfd)
 
     assert f"{tmp_path}: no checkpoint in this run folder" in said(str(tmp_path), "--tasks", "piqa")
     assert "no such run folder" in said(str(tmp_path / "nowhere"), "--tasks", "piqa")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from converted_runs import MODELS, Trained, train
+from refused_command import refusal
 from typer.testing import CliRunner
 
 from headrace.errors import ConfigError
@@ -85,17 +86,6 @@ def task_data(tmp_path: Path) -> Path:
         (tmp_path / "data" / task).mkdir(parents=True)
         (tmp_path / "data" / task / f"{split}.jsonl").write_text(3 * (json.dumps(record) + "\n"))
     return tmp_path / "data"
-
-
-def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """What the command says, in one line, on exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1, said
-    return said
 
 
 def test_answers_equal_those_of_lm_evals_own_model(trained: Trained, loaded: Loaded) -> None:
